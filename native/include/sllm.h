@@ -1,0 +1,296 @@
+/**
+ * sllm.h: move bytes from files to memory or devices at the speed of the slowest link.
+ *
+ * A *job* reads *extents* of open files in aligned chunks and puts them where the caller wants
+ * them: into host memory in place, or through a *ring* of staging slots into a device. *Memory*
+ * is what a job fills on the host, or a private view of a file that is in the page cache already.
+ *
+ * Every call returns a status, 0 or a negative code; the detail goes to a caller-owned
+ * sllm_error. Nothing is global, nothing is logged, the library never exits. Handles belong to
+ * the process that made them: after fork() a child may use memory it was given, and every call
+ * with an inherited handle answers SLLM_E_FORKED.
+ */
+#ifndef SLLM_H
+#define SLLM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SLLM_API __attribute__((visibility("default")))
+#else
+#define SLLM_API
+#endif
+
+#define SLLM_PAGE_BYTES 4096u /* alignment of direct I/O in file and memory */
+
+/* [cdef] */
+#define SLLM_ABI_VERSION 1
+
+typedef enum sllm_status {
+    SLLM_OK = 0,
+    SLLM_E_INVALID = -1,     /* an argument contradicts the contract */
+    SLLM_E_NOMEM = -2,       /* host memory or address space could not be had */
+    SLLM_E_IO = -3,          /* the system refused a read; see os_errno */
+    SLLM_E_TRUNCATED = -4,   /* a file ends before the extent does */
+    SLLM_E_CHANGED = -5,     /* a file changed while it was read */
+    SLLM_E_CANCELLED = -6,   /* sllm_job_cancel() was called */
+    SLLM_E_TIMEOUT = -7,     /* nothing moved for the deadline */
+    SLLM_E_NO_DEVICE = -8,   /* no such device, or its runtime library is missing */
+    SLLM_E_DEVICE = -9,      /* a device call failed; see device_code */
+    SLLM_E_UNSUPPORTED = -10, /* this kernel, filesystem or backend cannot do that */
+    SLLM_E_FORKED = -11,     /* the handle belongs to the parent process */
+    SLLM_E_BUSY = -12        /* threads are still inside the system; try again or leave it */
+} sllm_status;
+
+#define SLLM_ERROR_TEXT_BYTES 768
+
+/* Filled by a failing call. `message` is one line without a trailing newline. */
+typedef struct sllm_error {
+    int32_t status;      /* what the call returned */
+    int32_t os_errno;    /* the system's error number, or 0 */
+    int32_t device_code; /* the device runtime's code, or 0 */
+    char message[SLLM_ERROR_TEXT_BYTES];
+} sllm_error;
+
+/** The header's SLLM_ABI_VERSION, as compiled into the library. */
+int sllm_abi_version(void);
+
+/** The name of a status, such as "SLLM_E_IO". Static storage; "SLLM_E_?" for a number unknown. */
+const char *sllm_status_name(int status);
+
+/* ---- memory: what a job fills, or a view of a file -------------------------------------- */
+
+typedef struct sllm_memory sllm_memory;
+
+/**
+ * Reserve fresh, zeroed, private memory for a byte range of a file.
+ *
+ * The address is congruent to `file_offset` modulo SLLM_PAGE_BYTES, as direct reads want it, and
+ * huge pages are asked for. Whole pages at both ends belong to the memory, so that a job may read
+ * the pages that the range touches in full.
+ *
+ * @param bytes        Length of the range, at least 1.
+ * @param file_offset  Where the range starts in its file; only its value modulo 4096 counts.
+ * @param memory_out   Receives the memory. The caller ends it with sllm_memory_destroy().
+ * @param err          May be NULL.
+ * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_NOMEM.
+ *
+ * Threads: any. Blocks: no; pages are supplied when they are first written.
+ */
+sllm_status sllm_memory_create(uint64_t bytes, uint64_t file_offset, sllm_memory **memory_out,
+                               sllm_error *err);
+
+/**
+ * Map a private, copy-on-write view of a byte range of a file. No byte is copied.
+ *
+ * The view shows the file's page cache: the file must not change in place, and a read past a
+ * later truncation is SIGBUS. Ask sllm_file_probe() first whether that is a fair bet.
+ *
+ * @param fd            An open, readable descriptor; not kept.
+ * @param path          For messages.
+ * @param file_offset   Start of the range, any value.
+ * @param bytes         Length, at least 1; the range ends within the file.
+ * @param memory_out    Receives the memory. The caller ends it with sllm_memory_destroy().
+ * @param err           May be NULL.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_TRUNCATED, SLLM_E_NOMEM or SLLM_E_IO.
+ *
+ * Threads: any. Blocks: no. The view is writable, unless strict overcommit refuses that and it
+ * is read-only; sllm_memory_writable() says which.
+ */
+sllm_status sllm_memory_map(int fd, const char *path, uint64_t file_offset, uint64_t bytes,
+                            sllm_memory **memory_out, sllm_error *err);
+
+/** The address of the range's first byte. Valid until sllm_memory_destroy(). */
+void *sllm_memory_address(const sllm_memory *memory);
+
+/** Length of the range in bytes. */
+uint64_t sllm_memory_bytes(const sllm_memory *memory);
+
+/** 1 when the memory may be written, else 0. */
+int sllm_memory_writable(const sllm_memory *memory);
+
+/**
+ * Bring the pages of a view into this process' page table, so that later reads do not fault.
+ * @return SLLM_OK, or SLLM_E_UNSUPPORTED where the kernel has no such call (before 5.14).
+ *
+ * Threads: any, on disjoint ranges in parallel. Blocks: while pages are mapped (about 20 us a MB
+ * in 4 KiB pages), or read from disk where they are not resident.
+ */
+sllm_status sllm_memory_populate(const sllm_memory *memory, uint64_t offset, uint64_t bytes,
+                                 sllm_error *err);
+
+/** Give the memory back. NULL is fine. Nothing may look into it any more. */
+void sllm_memory_destroy(sllm_memory *memory);
+
+/* ---- files ------------------------------------------------------------------------------- */
+
+/* What sllm_file_probe() found. */
+typedef struct sllm_file_facts {
+    uint64_t size_bytes;
+    uint64_t resident_bytes; /* of the range asked about; an estimate in steps of 2 MiB */
+    uint32_t local;          /* 1: a disk or memory filesystem of this machine */
+    uint32_t residency_known; /* 1: resident_bytes was measured; 0: this process may not ask */
+} sllm_file_facts;
+
+/**
+ * Ask how much of a file is in the page cache, without reading any of it.
+ * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_IO.
+ *
+ * Threads: any. Blocks: microseconds a GiB.
+ */
+sllm_status sllm_file_probe(int fd, const char *path, uint64_t file_offset, uint64_t bytes,
+                            sllm_file_facts *facts_out, sllm_error *err);
+
+/* ---- devices and staging ----------------------------------------------------------------- */
+
+typedef struct sllm_device sllm_device;
+typedef struct sllm_ring sllm_ring;
+
+/** Name of the n-th backend compiled in, or NULL past the last. Static storage. */
+const char *sllm_backend_name(uint32_t index);
+
+/**
+ * Open a device of a backend, such as "cpu", 0.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NO_DEVICE or SLLM_E_DEVICE.
+ *
+ * Threads: any. The caller ends it with sllm_device_close(), after its jobs and rings.
+ */
+sllm_status sllm_device_open(const char *backend, int32_t ordinal, sllm_device **device_out,
+                             sllm_error *err);
+
+/** Close a device. NULL is fine. */
+void sllm_device_close(sllm_device *device);
+
+/**
+ * Create a ring of equal staging slots, pinned where the backend pins.
+ * @param device      Whose copies the slots feed. Outlives the ring.
+ * @param slot_bytes  Size of one slot, a multiple of 4096: a job's chunk_bytes plus 4096.
+ * @param count       Number of slots, 2 to 1024.
+ * @param ring_out    Receives the ring, or NULL on failure. The caller owns it and ends it with
+ *                    sllm_ring_destroy().
+ * @param err         May be NULL.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM or SLLM_E_DEVICE.
+ *
+ * Threads: any; one job at a time uses a ring. Blocks: while pages are pinned (seconds for tens
+ * of GiB).
+ */
+sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t count,
+                             sllm_ring **ring_out, sllm_error *err);
+
+/** Unpin and free. NULL is fine. No job may use the ring any more. */
+void sllm_ring_destroy(sllm_ring *ring);
+
+/* ---- jobs -------------------------------------------------------------------------------- */
+
+/* A file that extents name by its index. The descriptor must stay open until the job is closed. */
+typedef struct sllm_file {
+    int32_t fd;       /* a normal, readable descriptor; the job opens its own for direct I/O */
+    uint32_t reserved; /* 0 */
+    const char *path; /* for messages; copied */
+} sllm_file;
+
+/* A byte range of a file and where it goes. */
+typedef struct sllm_extent {
+    uint32_t file;    /* index into the job's files */
+    int32_t device;   /* -1: `target` is host memory; else index into the job's devices */
+    uint64_t offset;  /* in the file */
+    uint64_t bytes;   /* at least 1 */
+    uint64_t target;  /* address of the first byte */
+} sllm_extent;
+
+#define SLLM_JOB_NO_DIRECT 1u /* never use O_DIRECT */
+#define SLLM_JOB_NO_CACHE 2u  /* do not ask the page cache: read everything directly */
+
+typedef struct sllm_job_options {
+    uint64_t size;          /* sizeof(sllm_job_options) */
+    uint64_t chunk_bytes;   /* largest read, a multiple of 4096; 0: 16 MiB */
+    uint32_t threads;       /* readers, 1 to 64; 0: 4 */
+    uint32_t flags;         /* SLLM_JOB_* */
+    uint32_t stall_ms;      /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
+    uint32_t device_count;  /* length of devices; 0 for host memory alone */
+    sllm_device **devices;  /* outlive the job; the array itself is copied */
+    sllm_ring *ring;        /* required when device_count > 0; outlives the job */
+} sllm_job_options;
+
+/* A snapshot of a job. Times are seconds since sllm_job_start(); 0 where it has not come to that. */
+typedef struct sllm_progress {
+    uint64_t bytes_total;  /* sum of the extents, each once a device that wants it */
+    uint64_t bytes_disk;   /* read around the page cache, or by the page cache from disk */
+    uint64_t bytes_cache;  /* found in the page cache */
+    uint64_t bytes_done;   /* in their final place; bytes_total when the job is done */
+    uint32_t chunks_total;
+    uint32_t chunks_done;
+    double read_s;         /* until the last byte was read */
+    double copy_s;         /* until the last byte was in its place */
+} sllm_progress;
+
+typedef struct sllm_job sllm_job;
+
+/**
+ * Plan a load. Nothing is read yet.
+ *
+ * Extents may overlap only between different devices; each byte is read once. An extent in host
+ * memory is read in place: its address must be congruent to its offset modulo 4096, and the pages
+ * it touches must belong to the job, or hold bytes of the same file at the same places, as
+ * sllm_memory_create() gives them. An extent on a device goes through the ring.
+ *
+ * @param files, file_count      Copied.
+ * @param extents, extent_count  Any order; copied.
+ * @param options                May be NULL: all defaults, host memory only.
+ * @param job_out                Receives the job. The caller ends it with sllm_job_close().
+ * @param err                    May be NULL.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, SLLM_E_IO or SLLM_E_TRUNCATED (an extent ends
+ *         past its file; the message names it).
+ *
+ * Threads: any. Blocks: no.
+ */
+sllm_status sllm_job_create(const sllm_file *files, uint32_t file_count, const sllm_extent *extents,
+                            uint64_t extent_count, const sllm_job_options *options,
+                            sllm_job **job_out, sllm_error *err);
+
+/**
+ * Start the threads. Once a job.
+ * @return SLLM_OK, SLLM_E_NOMEM (no thread could be had), SLLM_E_INVALID (started before).
+ *
+ * Threads: one at a time a job. Blocks: no.
+ */
+sllm_status sllm_job_start(sllm_job *job, sllm_error *err);
+
+/**
+ * Wait for the end of a started job, for at most timeout_ms.
+ * @param progress_out  May be NULL. Filled in every case.
+ * @return SLLM_OK: every byte is in its place. SLLM_E_BUSY: not yet. Otherwise the job's first
+ *         failure, SLLM_E_CANCELLED and SLLM_E_TIMEOUT (stalled for stall_ms) included.
+ *
+ * Threads: one at a time a job; sllm_job_cancel() may run beside it.
+ */
+sllm_status sllm_job_wait(sllm_job *job, uint32_t timeout_ms, sllm_progress *progress_out,
+                          sllm_error *err);
+
+/**
+ * Read which chunks are in their place. Chunks are numbered in file order.
+ * @param first      Number of the first chunk asked about.
+ * @param count      How many.
+ * @param done_out   Receives count bytes, 1 for done.
+ * @return SLLM_OK or SLLM_E_INVALID.
+ *
+ * Threads: any. Blocks: no.
+ */
+sllm_status sllm_job_chunks_done(sllm_job *job, uint32_t first, uint32_t count, uint8_t *done_out,
+                                 sllm_error *err);
+
+/** Ask the threads to stop after the reads they are in. Any thread; returns at once. */
+void sllm_job_cancel(sllm_job *job);
+
+/**
+ * End a job: cancel it if it runs, join its threads for at most timeout_ms, free it.
+ * @return SLLM_OK. SLLM_E_BUSY: a thread sits in a read that does not return; the job and all
+ *         that its extents point to must stay as they are. Call again, or leave them for ever.
+ *
+ * Threads: one at a time a job. NULL is fine.
+ */
+sllm_status sllm_job_close(sllm_job *job, uint32_t timeout_ms, sllm_error *err);
+/* [cdef] */
+
+#endif

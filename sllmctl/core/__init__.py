@@ -1,0 +1,1 @@
+"""The checkpoint format, its conversion, and loading it."""
