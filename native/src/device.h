@@ -1,0 +1,50 @@
+/* What a device backend implements, and the devices made of it. */
+#ifndef SLLMI_DEVICE_H
+#define SLLMI_DEVICE_H
+
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "sllm.h"
+
+#define SLLMI_DEVICE_ABI 1
+#define SLLMI_DEV_PINNED 1u     /* host_alloc() gives page-locked memory */
+#define SLLMI_DEV_ASYNC_COPY 2u /* copy() returns before the copy is done */
+
+/* A slot of the table never calls back into the core, and no lock is held across a call. */
+typedef struct sllmi_device_ops {
+    uint32_t abi;     /* SLLMI_DEVICE_ABI; new slots go at the end and bump it */
+    const char *name; /* "cpu", "cuda", "npu" */
+    uint32_t caps;    /* SLLMI_DEV_*: ask before relying on either */
+    /* Count devices. Cheap, creates no context. SLLM_E_NO_DEVICE without the runtime library. */
+    sllm_status (*probe)(int32_t *count_out, sllm_error *err);
+    sllm_status (*open)(int32_t ordinal, void **dev_out, sllm_error *err);
+    void (*close)(void *dev);                               /* NULL-safe */
+    sllm_status (*bind_thread)(void *dev, sllm_error *err); /* first call of each worker */
+    /* Staging memory, aligned to SLLM_PAGE_BYTES. */
+    sllm_status (*host_alloc)(void *dev, size_t bytes, void **ptr_out, sllm_error *err);
+    void (*host_free)(void *dev, void *ptr);
+    sllm_status (*queue_open)(void *dev, void **queue_out, sllm_error *err);
+    void (*queue_close)(void *queue); /* waits for its copies; NULL-safe */
+    /* Start a host-to-device copy; `src` must stay as it is until a later fence has passed. */
+    sllm_status (*copy)(void *queue, uint64_t dst, const void *src, size_t bytes, sllm_error *err);
+    /* Mark the queue: the fence passes when all copies before it are done. Fences pass in order. */
+    sllm_status (*fence)(void *queue, uint64_t *fence_out, sllm_error *err);
+    /* SLLM_OK when the fence has passed, SLLM_E_BUSY when it has not after timeout_ms. */
+    sllm_status (*wait)(void *queue, uint64_t fence, uint32_t timeout_ms, sllm_error *err);
+} sllmi_device_ops;
+
+struct sllm_device {
+    const sllmi_device_ops *ops;
+    void *dev;
+    int32_t ordinal;
+    pid_t pid;
+};
+
+extern const sllmi_device_ops sllmi_device_cpu;
+
+/* Open a device of a table that need not be compiled in: tests bring their own. */
+sllm_status sllmi_device_open_ops(const sllmi_device_ops *ops, int32_t ordinal,
+                                  sllm_device **device_out, sllm_error *err);
+
+#endif

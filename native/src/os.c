@@ -1,0 +1,94 @@
+#define _GNU_SOURCE
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Numbers and layouts that older headers lack. Source: the kernel's uapi headers. */
+#ifndef __NR_cachestat
+#define __NR_cachestat 451
+#endif
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 0x00000008
+#endif
+
+#define WORKER_STACK_BYTES (256u * 1024u)
+
+static int os_open(const char *path, int flags)
+{
+    return open(path, flags);
+}
+
+static ssize_t os_pread_nowait(int fd, void *buffer, size_t bytes, off_t offset)
+{
+    struct iovec part = {.iov_base = buffer, .iov_len = bytes};
+    return preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+}
+
+static int64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes)
+{
+    struct {
+        uint64_t offset, bytes;
+    } range = {offset, bytes};
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } pages = {0};
+    if (syscall(__NR_cachestat, fd, &range, &pages, 0) != 0) {
+        return -1;
+    }
+    return (int64_t)pages.cached;
+}
+
+static int os_thread_create(pthread_t *thread_out, void *(*run)(void *), void *argument)
+{
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    int rc = pthread_attr_init(&attributes);
+    if (rc != 0) {
+        return rc;
+    }
+    (void)pthread_attr_setstacksize(&attributes, WORKER_STACK_BYTES);
+    /* Signals belong to the application's threads: a worker starts with all of them blocked. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    rc = pthread_create(thread_out, &attributes, run, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return rc;
+}
+
+static void *os_alloc(size_t bytes)
+{
+    return calloc(1, bytes);
+}
+
+sllmi_os sllmi_sys = {
+    .open = os_open,
+    .close = close,
+    .fstat = fstat,
+    .fstatfs = fstatfs,
+    .fadvise = posix_fadvise,
+    .pread = pread,
+    .pread_nowait = os_pread_nowait,
+    .cached_pages = os_cached_pages,
+    .mmap = mmap,
+    .munmap = munmap,
+    .madvise = madvise,
+    .mincore = mincore,
+    .thread_create = os_thread_create,
+    .alloc = os_alloc,
+};
+
+uint64_t sllmi_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}

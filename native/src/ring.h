@@ -1,0 +1,27 @@
+/* Staging slots: taken by readers, filled, emptied by copiers, returned. */
+#ifndef SLLMI_RING_H
+#define SLLMI_RING_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "sllm.h"
+
+typedef struct sllmi_slot {
+    char *memory;          /* slot_bytes, page-aligned */
+    uint64_t chunk;        /* index into the plan, set by the reader */
+    atomic_uint users;     /* devices that have not copied it yet */
+    struct sllmi_slot *next_free;
+} sllmi_slot;
+
+/* A free slot, or NULL after timeout_ms, or at once when `stop` is set. */
+sllmi_slot *sllmi_ring_acquire(sllm_ring *ring, uint32_t timeout_ms, const atomic_bool *stop);
+/* One user is done with the slot; the last one returns it to the ring. */
+void sllmi_ring_release(sllm_ring *ring, sllmi_slot *slot);
+/* Wake those who wait, so that they look at their stop flag. */
+void sllmi_ring_wake(sllm_ring *ring);
+
+uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring);
+uint32_t sllmi_ring_slot_count(const sllm_ring *ring);
+
+#endif

@@ -1,0 +1,270 @@
+"""The native library as Python types. The only importer of ``_native``.
+
+Handles end when the last reference goes; what a failing call says becomes an exception of
+``errors.py``. Every blocking call returns within 200 ms, so that Ctrl-C is answered.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sllmctl import errors
+from sllmctl._native import ffi, lib
+
+WAIT_SLICE_MS = 200
+CLOSE_TIMEOUT_MS = 300
+PAGE_BYTES = 4096
+
+_EXCEPTIONS: dict[int, type[errors.NativeError]] = {
+    lib.SLLM_E_INVALID: errors.NativeError,
+    lib.SLLM_E_NOMEM: errors.HostMemoryError,
+    lib.SLLM_E_IO: errors.ReadError,
+    lib.SLLM_E_TRUNCATED: errors.ReadError,
+    lib.SLLM_E_CHANGED: errors.ReadError,
+    lib.SLLM_E_CANCELLED: errors.NativeError,
+    lib.SLLM_E_TIMEOUT: errors.NativeError,
+    lib.SLLM_E_NO_DEVICE: errors.DeviceUnavailable,
+    lib.SLLM_E_DEVICE: errors.DeviceError,
+    lib.SLLM_E_UNSUPPORTED: errors.NativeError,
+    lib.SLLM_E_FORKED: errors.NativeError,
+    lib.SLLM_E_BUSY: errors.NativeError,
+}
+
+_HINTS: dict[int, str] = {
+    lib.SLLM_E_IO: "run `sllmctl verify` on the checkpoint to find every damaged shard",
+    lib.SLLM_E_TRUNCATED: "the file is shorter than its header says: copy or convert it again",
+    lib.SLLM_E_CHANGED: "replace checkpoints by rename, never in place, and load again",
+    lib.SLLM_E_NOMEM: "free some memory, or raise the limit of the process or its container",
+    lib.SLLM_E_TIMEOUT: "the disk or its server does not answer: look at `dmesg` and the mount",
+}
+
+
+def _check(status: int, error: Any) -> None:
+    if status == lib.SLLM_OK:
+        return
+    kind = _EXCEPTIONS.get(status, errors.NativeError)
+    exc = kind(
+        ffi.string(error.message).decode("utf-8", "replace"),
+        hint=_HINTS.get(status),
+        status=status,
+        os_errno=error.os_errno,
+        device_code=error.device_code,
+    )
+    if isinstance(exc, OSError):
+        exc.errno = error.os_errno or None
+    raise exc
+
+
+class Memory:
+    """Host memory that tensors look into. It ends with the last object that refers to it.
+
+    Attributes:
+        nbytes: Length in bytes.
+        writable: False only for a view of a file under strict overcommit.
+        buffer: A writable buffer of all bytes. Whatever keeps it, keeps the memory.
+    """
+
+    __slots__ = ("address", "buffer", "nbytes", "writable")
+
+    def __init__(self, handle: Any) -> None:
+        self.nbytes: int = lib.sllm_memory_bytes(handle)
+        self.writable: bool = bool(lib.sllm_memory_writable(handle))
+        address = lib.sllm_memory_address(handle)
+        self.address = int(ffi.cast("uintptr_t", address))
+        # The finalizer sits on the pointer that the buffer keeps alive: tensors keep the buffer.
+        # It needs no global name, so it may run at any point of interpreter exit.
+        owner = ffi.gc(
+            ffi.cast("char *", address),
+            lambda _, destroy=lib.sllm_memory_destroy, handle=handle: destroy(handle),
+            self.nbytes,
+        )
+        self.buffer: Any = ffi.buffer(owner, self.nbytes)
+
+    @classmethod
+    def create(cls, nbytes: int, file_offset: int = 0) -> Memory:
+        """Fresh zeroed memory for a byte range of a file, placed for direct reads.
+
+        Raises:
+            HostMemoryError: The address space or the memory cannot be had.
+        """
+        out, error = ffi.new("sllm_memory **"), ffi.new("sllm_error *")
+        _check(lib.sllm_memory_create(nbytes, file_offset, out, error), error)
+        return cls(out[0])
+
+    @classmethod
+    def map_file(cls, fd: int, path: str, file_offset: int, nbytes: int) -> Memory:
+        """A private copy-on-write view of a byte range of a file. Nothing is read or copied.
+
+        Raises:
+            ReadError: The file ends before the range does, or cannot be mapped.
+            HostMemoryError: The address space cannot be had.
+        """
+        out, error = ffi.new("sllm_memory **"), ffi.new("sllm_error *")
+        _check(
+            lib.sllm_memory_map(fd, os.fsencode(path), file_offset, nbytes, out, error),
+            error,
+        )
+        return cls(out[0])
+
+
+class FileFacts(NamedTuple):
+    """What the page cache and the filesystem say about a byte range of a file."""
+
+    size_bytes: int
+    resident_bytes: int
+    local: bool
+    residency_known: bool
+
+
+def probe_file(fd: int, path: str, file_offset: int, nbytes: int) -> FileFacts:
+    """Ask how much of a range is in the page cache, without reading any of it."""
+    out, error = ffi.new("sllm_file_facts *"), ffi.new("sllm_error *")
+    _check(lib.sllm_file_probe(fd, os.fsencode(path), file_offset, nbytes, out, error), error)
+    return FileFacts(
+        out.size_bytes, out.resident_bytes, bool(out.local), bool(out.residency_known)
+    )
+
+
+class Extent(NamedTuple):
+    """A byte range of a file and the host address of its first byte's place."""
+
+    file: int
+    offset: int
+    nbytes: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A snapshot of a job; bytes, and seconds since its start."""
+
+    bytes_total: int
+    bytes_disk: int
+    bytes_cache: int
+    bytes_done: int
+    chunks_done: int
+    read_s: float
+    copy_s: float
+
+
+class Job:
+    """One load: threads that bring extents of files into host memory.
+
+    Args:
+        files: Descriptor and name of each file; the descriptors stay open until `close`.
+        extents: What to read, and where to.
+        keep: What the extents point into: kept for as long as a thread may write there.
+        chunk_bytes: Largest read, a multiple of 4096; 0 for the library's own choice.
+        threads: Readers; 0 for the library's own choice.
+        direct: Whether reads may go around the page cache.
+
+    Raises:
+        NativeError: An extent is impossible; `ReadError` where its file is too short.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_keep")
+
+    def __init__(
+        self,
+        files: Sequence[tuple[int, str]],
+        extents: Sequence[Extent],
+        *,
+        keep: object,
+        chunk_bytes: int = 0,
+        threads: int = 0,
+        direct: bool = True,
+    ) -> None:
+        paths = [ffi.new("char[]", os.fsencode(path)) for _, path in files]
+        c_files = ffi.new(
+            "sllm_file[]", [(fd, 0, path) for (fd, _), path in zip(files, paths, strict=True)]
+        )
+        c_extents = ffi.new(
+            "sllm_extent[]", [(e.file, -1, e.offset, e.nbytes, e.target) for e in extents]
+        )
+        options = ffi.new("sllm_job_options *")
+        options.size = ffi.sizeof("sllm_job_options")
+        options.chunk_bytes = chunk_bytes
+        options.threads = threads
+        options.flags = 0 if direct else lib.SLLM_JOB_NO_DIRECT
+        out, error = ffi.new("sllm_job **"), ffi.new("sllm_error *")
+        self._handle: Any = None
+        self._keep = keep
+        _check(
+            lib.sllm_job_create(
+                c_files, len(files), c_extents, len(extents), options, out, error
+            ),
+            error,
+        )
+        self._handle = out[0]
+        _check(lib.sllm_job_start(self._handle, error), error)
+
+    def wait(self) -> tuple[bool, Progress]:
+        """Wait for the end, for at most 200 ms.
+
+        Returns:
+            Whether every byte is in its place, and how far things are.
+
+        Raises:
+            ReadError: A file cannot be read, is too short, or changed meanwhile.
+            NativeError: Nothing moved for a minute.
+        """
+        progress, error = ffi.new("sllm_progress *"), ffi.new("sllm_error *")
+        status = lib.sllm_job_wait(self._handle, WAIT_SLICE_MS, progress, error)
+        if status != lib.SLLM_E_BUSY:
+            _check(status, error)
+        return status == lib.SLLM_OK, Progress(
+            progress.bytes_total,
+            progress.bytes_disk,
+            progress.bytes_cache,
+            progress.bytes_done,
+            progress.chunks_done,
+            progress.read_s,
+            progress.copy_s,
+        )
+
+    def chunks_done(self, first: int, count: int) -> bytes:
+        """One byte a chunk, in file order: 1 when it is in its place."""
+        done, error = ffi.new("uint8_t[]", count), ffi.new("sllm_error *")
+        _check(lib.sllm_job_chunks_done(self._handle, first, count, done, error), error)
+        return bytes(ffi.buffer(done, count))
+
+    def close(self) -> None:
+        """Stop what runs and end the job, within 0.3 s.
+
+        A thread that sits in a read which does not return keeps the job and its memory: they
+        stay until the process ends, for the thread may still write there.
+        """
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            error = ffi.new("sllm_error *")
+            if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, error) != lib.SLLM_OK:
+                _stuck.append(self._keep)
+        self._keep = None
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._handle is not None and not sys.is_finalizing():
+            self.close()
+
+
+_stuck: list[object] = []
+"""Memory that a hung read may still write to: never freed."""
+
+
+def abi_version() -> int:
+    """The interface version that the library was compiled with."""
+    return int(lib.sllm_abi_version())
+
+
+def status_name(status: int) -> str:
+    """The name of an ``SLLM_E_*`` code."""
+    return ffi.string(lib.sllm_status_name(status)).decode()
