@@ -1,0 +1,245 @@
+"""Read the index of any safetensors checkpoint: which tensor lies where in which file."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+from sllmctl.core.header import (
+    PREFIX_BYTES,
+    TensorEntry,
+    parse_header,
+    parse_index,
+    parse_prefix,
+    shown,
+)
+from sllmctl.core.manifest import Manifest, read_manifest
+from sllmctl.errors import CheckpointError, CheckpointNotFound
+
+__all__ = ["Checkpoint", "Shard", "TensorEntry", "natural_key", "open_checkpoint", "read_shard"]
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a checkpoint; sizes and offsets in bytes."""
+
+    path: Path
+    size: int
+    data_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The index of a checkpoint.
+
+    Attributes:
+        path: The directory, or the one file, that was opened.
+        shards: Files, in natural order of their names.
+        tensors: By name, in file order: shard by shard, offset by offset. Without aliases.
+        aliases: Names of tied tensors, each with the name under which its bytes are stored.
+        metadata: Text metadata of the shards, without the aliases.
+        manifest: What `convert` recorded, or None for a checkpoint that it did not write.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+    manifest: Manifest | None
+
+    @property
+    def nbytes(self) -> int:
+        """Sum of the tensors' bytes; aliases count once."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint directory, or a single ``.safetensors`` file, and check its structure.
+
+    A directory holds ``model.safetensors``, or an index ``*.safetensors.index.json``, or any
+    number of ``*.safetensors`` files with disjoint names. No tensor data is read.
+
+    Raises:
+        CheckpointNotFound: There is no such path, or no safetensors file in it.
+        CheckpointError: The checkpoint is damaged, hostile or incomplete.
+    """
+    path = Path(path)
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+        listed = os.listdir(path) if is_directory else []
+    except FileNotFoundError as exc:
+        raise CheckpointNotFound(f"no checkpoint at `{path}`: no such path") from exc
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"cannot open {shown(path)}: {exc}") from exc
+    if not is_directory:
+        if path.suffix != SUFFIX:
+            raise CheckpointNotFound(
+                f"`{path}` is not a safetensors file",
+                hint="give a checkpoint's directory, or a file that ends in .safetensors",
+            )
+        return _read(path, path.parent, [path.name], None, None)
+    index_name, names = find_shards(path, listed)
+    manifest = read_manifest(path)
+    if index_name is None:
+        return _read(path, path, names, None, manifest)
+    index_path = path / index_name
+    try:
+        raw = index_path.read_bytes()
+    except OSError as exc:
+        raise CheckpointError(f"cannot read `{index_path}`: {exc.strerror}") from exc
+    weight_map = parse_index(raw, str(index_path))
+    names = sorted(set(weight_map.values()), key=natural_key)
+    return _read(path, path, names, (index_name, weight_map), manifest)
+
+
+def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Choose the files that make up a checkpoint from the names in its directory.
+
+    Returns:
+        The index's name, if there is one to follow, and otherwise the shards' names.
+
+    Raises:
+        CheckpointNotFound: No safetensors file is there.
+        CheckpointError: Several indexes are, and none has the usual name.
+    """
+    shards = sorted((n for n in names if n.endswith(SUFFIX) and n != SUFFIX), key=natural_key)
+    indexes = sorted(n for n in names if n.endswith(INDEX_SUFFIX))
+    # The order in which transformers looks: the single file, then the index.
+    if SINGLE_NAME in shards:
+        return None, [SINGLE_NAME]
+    if INDEX_NAME in indexes:
+        return INDEX_NAME, []
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"`{directory}` has {len(indexes)} indexes and none is called `{INDEX_NAME}`: "
+            + ", ".join(map(shown, indexes[:4]))
+        )
+    if indexes:
+        return indexes[0], []
+    if not shards:
+        raise CheckpointNotFound(
+            f"no checkpoint in `{directory}`: no *{SUFFIX} file",
+            hint="`sllmctl convert` turns other weight formats into safetensors",
+        )
+    return None, shards
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that orders numbers in names by value: ``layers.2`` before ``layers.10``."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple(
+        (1, int(part), "") if i % 2 and len(part) < 19 else (0, 0, part)
+        for i, part in enumerate(parts)
+    )
+
+
+def read_shard(path: Path, shard: int = 0) -> tuple[Shard, list[TensorEntry], dict[str, str]]:
+    """Read one file's header: the shard, its tensors in file order, its metadata.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or malformed.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"shard {shown(path)} is missing", hint="the download or copy is incomplete"
+        ) from exc
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"cannot open {shown(path)}: {exc}") from exc
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{shown(path)} is not a regular file")
+        size = status.st_size
+        length = parse_prefix(_pread(fd, PREFIX_BYTES, 0), size, str(path))
+        raw = _pread(fd, length, PREFIX_BYTES)
+    except OSError as exc:
+        raise CheckpointError(f"cannot read the header of `{path}`: {exc.strerror}") from exc
+    finally:
+        os.close(fd)
+    if len(raw) != length:
+        raise CheckpointError(f"`{path}` shrank while its header was read")
+    data_offset = PREFIX_BYTES + length
+    entries, metadata = parse_header(raw, size - data_offset, str(path), shard=shard)
+    return Shard(path, size, data_offset), entries, metadata
+
+
+def _pread(fd: int, length: int, offset: int) -> bytes:
+    parts = []
+    while length:
+        part = os.pread(fd, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        length -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _read(
+    path: Path,
+    directory: Path,
+    names: Sequence[str],
+    index: tuple[str, dict[str, str]] | None,
+    manifest: Manifest | None,
+) -> Checkpoint:
+    shards: list[Shard] = []
+    tensors: dict[str, TensorEntry] = {}
+    claims: dict[str, tuple[str, int]] = {}
+    metadata: dict[str, str] = {}
+    for number, name in enumerate(names):
+        shard, entries, texts = read_shard(directory / name, number)
+        shards.append(shard)
+        found = dict(zip(map(itemgetter(0), entries), entries, strict=True))
+        if not tensors.keys().isdisjoint(found):
+            twice = next(iter(tensors.keys() & found))
+            first = shards[tensors[twice].shard].path.name
+            raise CheckpointError(
+                f"tensor {shown(twice)} is in two shards of `{directory}`: "
+                f"{shown(first)} and {shown(name)}"
+            )
+        tensors.update(found)
+        for key, value in texts.items():
+            if key != "format":
+                claims[key] = (value, number)
+    aliases: dict[str, str] = {}
+    for key, (value, number) in claims.items():
+        kept = tensors.get(value)
+        if kept is not None and kept.shard == number and key not in tensors:
+            aliases[key] = value
+        else:
+            metadata[key] = value
+    if index is not None:
+        _check_index(directory / index[0], index[1], names, tensors, aliases)
+    return Checkpoint(path, tuple(shards), tensors, aliases, metadata, manifest)
+
+
+def _check_index(
+    path: Path,
+    weight_map: dict[str, str],
+    names: Sequence[str],
+    tensors: dict[str, TensorEntry],
+    aliases: dict[str, str],
+) -> None:
+    file_of = [*names]
+    if weight_map == {name: file_of[entry.shard] for name, entry in tensors.items()}:
+        return
+    for name, file in weight_map.items():
+        entry = tensors.get(aliases.get(name, name))
+        if entry is None or file_of[entry.shard] != file:
+            place = "no shard has it" if entry is None else f"`{file_of[entry.shard]}` has it"
+            raise CheckpointError(
+                f"`{path}` says that tensor {shown(name)} is in {shown(file)}, but {place}"
+            )
