@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import eq, itemgetter
 from pathlib import Path
 
 from sllmctl.core.header import (
@@ -233,13 +233,13 @@ def _check_index(
     tensors: dict[str, TensorEntry],
     aliases: dict[str, str],
 ) -> None:
-    file_of = [*names]
-    if weight_map == {name: file_of[entry.shard] for name, entry in tensors.items()}:
+    files = map(names.__getitem__, map(itemgetter(3), tensors.values()))
+    if len(weight_map) == len(tensors) and all(map(eq, map(weight_map.get, tensors), files)):
         return
     for name, file in weight_map.items():
         entry = tensors.get(aliases.get(name, name))
-        if entry is None or file_of[entry.shard] != file:
-            place = "no shard has it" if entry is None else f"`{file_of[entry.shard]}` has it"
+        if entry is None or names[entry.shard] != file:
+            place = "no shard has it" if entry is None else f"`{names[entry.shard]}` has it"
             raise CheckpointError(
                 f"`{path}` says that tensor {shown(name)} is in {shown(file)}, but {place}"
             )
