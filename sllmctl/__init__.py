@@ -1,5 +1,38 @@
-"""Checkpoint conversion and warm loading: model weights into an accelerator at hardware speed."""
+"""Checkpoint conversion and warm loading: model weights into an accelerator at hardware speed.
+
+```python
+import sllmctl
+
+tensors = sllmctl.load_tensors("Qwen/Qwen3-8B")            # {name: torch.Tensor}
+for name, tensor in sllmctl.stream_tensors("Qwen/Qwen3-8B"): ...
+path = sllmctl.convert("Qwen/Qwen3-8B")                    # download, convert, verify
+```
+
+Importing this loads neither torch nor any hub client: each comes with the first call that needs it.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sllmctl.api import convert as convert
+    from sllmctl.api import load_tensors as load_tensors
+    from sllmctl.api import save_tensors as save_tensors
+    from sllmctl.api import stream_tensors as stream_tensors
+
+_PUBLIC = ("convert", "load_tensors", "save_tensors", "stream_tensors")
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names resolved on first use
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module("sllmctl.api"), name)
+    raise AttributeError(f"module 'sllmctl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -202,8 +202,8 @@ class Job:
         self._handle = out[0]
         _check(lib.sllm_job_start(self._handle, error), error)
 
-    def wait(self) -> tuple[bool, Progress]:
-        """Wait for the end, for at most 200 ms.
+    def wait(self, timeout_ms: int | None = None) -> tuple[bool, Progress]:
+        """Wait for the end, for at most ``timeout_ms`` or 200 ms.
 
         Returns:
             Whether every byte is in its place, and how far things are.
@@ -213,7 +213,9 @@ class Job:
             NativeError: Nothing moved for a minute.
         """
         progress, error = ffi.new("sllm_progress *"), ffi.new("sllm_error *")
-        status = lib.sllm_job_wait(self._handle, WAIT_SLICE_MS, progress, error)
+        status = lib.sllm_job_wait(
+            self._handle, WAIT_SLICE_MS if timeout_ms is None else timeout_ms, progress, error
+        )
         if status != lib.SLLM_E_BUSY:
             _check(status, error)
         return status == lib.SLLM_OK, Progress(

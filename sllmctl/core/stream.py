@@ -1,0 +1,139 @@
+"""Walk through a checkpoint's tensors in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sllmctl.core.checkpoint import Checkpoint, Shard, TensorEntry
+from sllmctl.core.load import (
+    LoadOptions,
+    check_memory,
+    check_stamp,
+    map_shard,
+    open_shard,
+    stamp_of,
+)
+from sllmctl.core.tensors import TensorBuilder
+from sllmctl.errors import ConfigError
+from sllmctl.native import Extent, Job, Memory
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW_BYTES = 256 * 2**20
+
+
+def stream(
+    checkpoint: Checkpoint, options: LoadOptions, *, window_bytes: int = WINDOW_BYTES
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``(name, tensor)`` in file order, reading one window ahead of the consumer.
+
+    Two windows are in memory at a time, and whatever the consumer keeps; a tensor larger than a
+    window is one of its own. An alias follows the tensor whose bytes it shares, as the same object.
+
+    Raises:
+        ConfigError: ``verify``: digests are of whole chunks.
+        ReadError, CheckpointError, HostMemoryError: as ``load`` raises them.
+    """
+    if options.verify:
+        raise ConfigError("a stream does not verify", hint="run `sllmctl verify` first")
+    builder = TensorBuilder(entry.dtype for entry in checkpoint.tensors.values())
+    aliases: dict[str, list[str]] = {}
+    for alias, kept in checkpoint.aliases.items():
+        aliases.setdefault(kept, []).append(alias)
+    with ExitStack() as stack:
+        files = _Files(checkpoint, options, stack)
+        ahead: _Window | None = None
+        for entries in [*_windows(checkpoint, window_bytes), []]:
+            ready, ahead = ahead, _Window(entries, files, stack) if entries else None
+            if ready is None:
+                continue
+            # From here on the tensors alone keep the window's memory.
+            tensors = ready.finish(builder)
+            del ready
+            while tensors:
+                name = next(iter(tensors))
+                tensor = tensors.pop(name)
+                yield name, tensor
+                for alias in aliases.get(name, ()):
+                    yield alias, tensor
+                del tensor
+
+
+def _windows(checkpoint: Checkpoint, window_bytes: int) -> Iterator[list[TensorEntry]]:
+    """Neighbouring tensors of one shard that are read together."""
+    entries: list[TensorEntry] = []
+    for entry in checkpoint.tensors.values():
+        if entries and (
+            entry.shard != entries[0].shard
+            or entry.offset + entry.nbytes - entries[0].offset > window_bytes
+        ):
+            yield entries
+            entries = []
+        entries.append(entry)
+    if entries:
+        yield entries
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    shard: Shard
+    fd: int
+    stamp: tuple[int, int]
+    view: Memory | None
+
+
+class _Files:
+    """Shards, opened when the first of their tensors is due."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, stack: ExitStack) -> None:
+        self.options = options
+        self._shards = checkpoint.shards
+        self._stack = stack
+        self._last: tuple[int, _OpenShard] | None = None
+
+    def open(self, index: int) -> _OpenShard:
+        if self._last is None or self._last[0] != index:
+            shard = self._shards[index]
+            fd = open_shard(shard, self._stack)
+            view = map_shard(shard, fd, self.options)
+            self._last = index, _OpenShard(shard, fd, stamp_of(fd), view)
+        return self._last[1]
+
+
+class _Window:
+    """Tensors on their way: a view that is there already, or a job that reads them."""
+
+    def __init__(self, entries: list[TensorEntry], files: _Files, stack: ExitStack) -> None:
+        self._entries = entries
+        self._opened = opened = files.open(entries[0].shard)
+        self._job: Job | None = None
+        if opened.view is not None:
+            self._memory, self._start = opened.view, opened.shard.data_offset
+            return
+        self._start = entries[0].offset
+        nbytes = entries[-1].offset + entries[-1].nbytes - self._start
+        check_memory(nbytes)
+        self._memory = Memory.create(max(nbytes, 1), self._start)
+        if nbytes:
+            self._job = Job(
+                [(opened.fd, str(opened.shard.path))],
+                [Extent(0, self._start, nbytes, self._memory.address)],
+                keep=self._memory,
+                chunk_bytes=files.options.chunk_bytes,
+                threads=files.options.threads,
+            )
+            stack.callback(self._job.close)  # before the descriptor, when the consumer stops early
+
+    def finish(self, builder: TensorBuilder) -> dict[str, torch.Tensor]:
+        """Wait for the bytes, and make the tensors."""
+        if self._job is not None:
+            while not self._job.wait()[0]:
+                pass
+            self._job.close()
+        check_stamp(self._opened.shard, self._opened.fd, self._opened.stamp)
+        place = (self._memory, self._start)
+        return builder.build(self._entries, [place] * (self._entries[0].shard + 1))

@@ -1,0 +1,76 @@
+"""Torch tensors that look into memory which a load filled."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sllmctl.core.checkpoint import TensorEntry
+from sllmctl.core.dtypes import torch_dtype
+from sllmctl.native import Memory
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TensorBuilder:
+    """Builds tensors of a set of dtypes. Making one fails early where torch lacks a dtype.
+
+    Raises:
+        CheckpointError: This torch has no such dtype.
+    """
+
+    def __init__(self, codes: Iterable[str]) -> None:
+        self._dtypes = {code: torch_dtype(code) for code in set(codes)}
+
+    def build(
+        self, entries: Iterable[TensorEntry], places: Sequence[tuple[Memory, int]]
+    ) -> dict[str, torch.Tensor]:
+        """Make one tensor an entry, without copying.
+
+        Each tensor has a storage of its own (one for all would make ``torch.save``, pickling and
+        autograd carry the whole shard), and keeps the shard's memory alive.
+
+        Args:
+            entries: Whose bytes are in their place.
+            places: For each shard: its memory, and the file offset of the memory's first byte.
+        """
+        import torch
+
+        frombuffer, empty = torch.frombuffer, torch.empty
+        known = {code: (dtype, dtype.itemsize) for code, dtype in self._dtypes.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        with _collector_paused():
+            for name, code, shape, shard, offset, nbytes in entries:
+                dtype, itemsize = known[code]
+                if code == "F4":  # torch packs two elements into one of its own
+                    shape = (*shape[:-1], shape[-1] // 2)
+                if nbytes == 0:
+                    tensors[name] = empty(shape, dtype=dtype)
+                    continue
+                memory, start = places[shard]
+                at = offset - start
+                if (memory.address + at) % itemsize:
+                    # A file may hold tensors at any byte; kernels want them aligned.
+                    raw = frombuffer(memory.buffer, dtype=torch.uint8, count=nbytes, offset=at)
+                    tensor = raw.clone().view(dtype)
+                else:
+                    tensor = frombuffer(
+                        memory.buffer, dtype=dtype, count=nbytes // itemsize, offset=at
+                    )
+                tensors[name] = tensor if len(shape) == 1 else tensor.view(shape)
+        return tensors
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Thousands of new objects make the collector run for nothing: none of them is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
