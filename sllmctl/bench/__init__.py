@@ -1,0 +1,1 @@
+"""Measuring loads, and the checkpoints to measure them with."""

@@ -1,0 +1,1 @@
+"""What other libraries need to load through us; each is imported where it is used."""
