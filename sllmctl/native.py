@@ -124,9 +124,7 @@ def probe_file(fd: int, path: str, file_offset: int, nbytes: int) -> FileFacts:
     """Ask how much of a range is in the page cache, without reading any of it."""
     out, error = ffi.new("sllm_file_facts *"), ffi.new("sllm_error *")
     _check(lib.sllm_file_probe(fd, os.fsencode(path), file_offset, nbytes, out, error), error)
-    return FileFacts(
-        out.size_bytes, out.resident_bytes, bool(out.local), bool(out.residency_known)
-    )
+    return FileFacts(out.size_bytes, out.resident_bytes, bool(out.local), bool(out.residency_known))
 
 
 class Extent(NamedTuple):
@@ -194,9 +192,7 @@ class Job:
         self._handle: Any = None
         self._keep = keep
         _check(
-            lib.sllm_job_create(
-                c_files, len(files), c_extents, len(extents), options, out, error
-            ),
+            lib.sllm_job_create(c_files, len(files), c_extents, len(extents), options, out, error),
             error,
         )
         self._handle = out[0]

@@ -1,0 +1,5 @@
+"""`python -m sllmctl`."""
+
+from sllmctl.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""The command line: the Typer app, and exceptions to exit codes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
+
+import typer
+
+from sllmctl import __version__
+from sllmctl.commands import load, ls
+from sllmctl.console import Console
+from sllmctl.errors import SllmError
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="sllmctl",
+    help="Get model weights into an accelerator as fast as the hardware allows.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"sllmctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, help="Log to stderr; twice for more.", metavar=""
+        ),
+    ] = 0,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback when something fails.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    level = logging.WARNING - 10 * min(verbose, 2)
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("sllmctl").setLevel(level)
+
+
+def _ending(command: Callable[P, None]) -> Callable[P, None]:
+    """Give Ctrl-C and a closed pipe our exit codes before Typer gives them its own."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            _leave(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            _leave(EXIT_PIPE)
+
+    return run
+
+
+for _command in (load.load, ls.ls):
+    app.command()(_ending(_command))
+
+
+def main() -> None:
+    """Run the command line; a failure becomes one line and an exit code."""
+    # A torch_npu without its CANN libraries makes `import torch` fail: torch loads backends by
+    # entry point. Nothing here needs one that is not asked for.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app()
+    except SllmError as exc:
+        if debug:
+            raise
+        Console.choose(as_json="--json" in arguments, quiet=False).error(exc, exc.exit_code)
+        sys.exit(exc.exit_code)
+    except Exception as exc:
+        if debug:
+            raise
+        bug = SllmError(
+            f"unexpected {type(exc).__name__}: {exc}",
+            hint="this is a bug: run the command again with --debug and report the traceback",
+        )
+        Console.choose(as_json="--json" in arguments, quiet=False).error(bug, EXIT_BUG)
+        sys.exit(EXIT_BUG)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: no flush of a pipe that nobody reads, no wait for threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        pass
+    os._exit(code)

@@ -1,0 +1,92 @@
+"""`sllmctl ls`: what is in the storage path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.console import Console
+from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.config import find_models
+from sllmctl.core.config import storage_path as choose_storage_path
+from sllmctl.core.units import format_size
+from sllmctl.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    path: Path
+    nbytes: int
+    tensors: int
+    dtypes: dict[str, int]  # bytes by element type, most first
+    converted: bool
+    problem: str | None
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "dtypes": list(self.dtypes),
+            "converted": self.converted,
+            "problem": self.problem,
+        }
+
+    def cells(self) -> list[str]:
+        if self.problem is not None:
+            return [self.name, "", "", "", f"damaged: {self.problem}"]
+        dtypes = ", ".join(self.dtypes)
+        state = "converted" if self.converted else "as downloaded"
+        return [self.name, format_size(self.nbytes), f"{self.tensors:,}", dtypes, state]
+
+
+def ls(storage_path: StoragePath = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """List the checkpoints in the storage path: size, tensors, element types, state.
+
+    Examples:
+
+      sllmctl ls
+
+      sllmctl ls --storage-path /data/models --json
+    """
+    console = Console.choose(as_json=as_json, quiet=quiet)
+    storage = choose_storage_path(storage_path)
+    rows = [_look(name, path) for name, path in find_models(storage)]
+    total = sum(row.nbytes for row in rows)
+    human = [f"no checkpoint in {storage}: `sllmctl convert ORG/NAME` puts one there"]
+    if rows:
+        human = [
+            *console.table(
+                ["name", ">size", ">tensors", "dtypes", "state"], [row.cells() for row in rows]
+            ),
+            "",
+            f"{len(rows)} in {storage}, {format_size(total)}",
+        ]
+    console.result(
+        {
+            "schema": "sllmctl.ls/1",
+            "storage_path": str(storage),
+            "models": [row.document() for row in rows],
+        },
+        quiet="\n".join(row.name for row in rows),
+        human=human,
+    )
+
+
+def _look(name: str, path: Path) -> _Row:
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as exc:
+        return _Row(name, path, 0, 0, {}, False, str(exc))
+    dtypes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.nbytes
+    by_size = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
+    count = len(checkpoint.tensors) + len(checkpoint.aliases)
+    return _Row(
+        name, path, checkpoint.nbytes, count, by_size, checkpoint.manifest is not None, None
+    )
