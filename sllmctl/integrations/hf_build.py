@@ -1,0 +1,282 @@
+"""Build a transformers model from tensors that are already in memory.
+
+transformers' own pipeline does the building (fused experts, ties, buffers, quantizers). A missing
+weight, which it fills with random numbers and a log line, is an error here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sllmctl.core.header import shown
+from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_SHOWN_NAMES = 5
+_REPORT_MARKS = ("LOAD REPORT", "newly initialized", "were not used when initializing")
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What is known of a model before its weights arrive.
+
+    Attributes:
+        path: The checkpoint's directory.
+        model_class: The concrete class, such as ``Qwen3ForCausalLM``.
+        config: Its configuration.
+        init_kwargs: Arguments for the constructor of the class.
+    """
+
+    path: Path
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    init_kwargs: dict[str, Any]
+
+
+def make_skeleton(
+    path: Path,
+    hf_model_class: str | type[Any] = "AutoModelForCausalLM",
+    *,
+    trust_remote_code: bool = False,
+    **model_kwargs: Any,
+) -> Skeleton:
+    """Read the configuration of a checkpoint and find the class that it means.
+
+    Args:
+        path: Directory with a ``config.json``.
+        hf_model_class: An Auto class or a concrete one, or the name of either in ``transformers``.
+        trust_remote_code: Run the modelling code that comes with the checkpoint.
+        model_kwargs: Settings that override the configuration's. What it does not know goes to the
+            constructor of the class, as in ``from_pretrained``.
+
+    Raises:
+        CheckpointNotFound: There is no ``config.json``.
+        ConfigError: transformers cannot make such a model of this configuration.
+    """
+    import torch
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise CheckpointNotFound(
+            f"`{path}` has no config.json, so it says not which model its tensors make",
+            hint="convert the whole model directory, or take the tensors with sllmctl.load_tensors",
+        )
+    asked = _find_class(hf_model_class)
+    architectures: Any = None
+    try:
+        config, init_kwargs = transformers.AutoConfig.from_pretrained(
+            str(path),
+            return_unused_kwargs=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **model_kwargs,
+        )
+        architectures = config.architectures
+        model_class = asked
+        if not issubclass(asked, transformers.PreTrainedModel):
+            # An Auto class tells its choice by making one: milliseconds on the meta device.
+            with torch.device("meta"):
+                model_class = type(
+                    asked.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+                )
+    except Exception as exc:  # whatever a foreign configuration does to the class that reads it
+        reason = str(exc).strip().partition("\n")[0]
+        raise ConfigError(
+            f"transformers {transformers.__version__} makes no {asked.__name__} "
+            f"of `{path}`: {reason}",
+            hint=f"its config.json names {', '.join(architectures)}: see hf_model_class"
+            if architectures
+            else "a newer transformers may know it; code of its own needs trust_remote_code=True",
+        ) from exc
+    return Skeleton(path, model_class, config, init_kwargs)
+
+
+def build_model(
+    skeleton: Skeleton,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    torch_dtype: torch.dtype | str | None = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Make a model whose parameters are these tensors; only another dtype makes copies.
+
+    Args:
+        skeleton: From ``make_skeleton``.
+        tensors: The checkpoint's names and tensors, on cpu. Aliases may be in it.
+        torch_dtype: A floating dtype or its name; ``None`` and ``"auto"`` are the checkpoint's own.
+        quantization_config: transformers' settings for quantizing while loading.
+        attn_implementation: transformers' name of an attention kernel.
+
+    Returns:
+        The ``PreTrainedModel``, in evaluation mode, with the checkpoint's generation
+        settings.
+
+    Raises:
+        CheckpointError: A weight is missing, unexpected or of another shape; the message names it.
+        ConfigError: ``torch_dtype`` is none.
+    """
+    model_class: Any = skeleton.model_class
+    options: dict[str, Any] = {_dtype_keyword(): parse_dtype(torch_dtype)}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with quiet_transformers() as reports:
+        try:
+            model, info = model_class.from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=dict(tensors),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported in `info`, with the names, not raised
+                local_files_only=True,
+                **options,
+                **skeleton.init_kwargs,
+            )
+        except RuntimeError as exc:
+            unconverted = _unconverted(reports)
+            if not unconverted:
+                raise
+            raise _misfit(skeleton, [f"not convertible: {_names(unconverted)}"]) from exc
+    problems = _problems(info)
+    if problems:
+        raise _misfit(skeleton, problems)
+    model.name_or_path = model.config.name_or_path = str(skeleton.path)
+    if model.can_generate() and "generation_config" not in skeleton.init_kwargs:
+        _set_generation_config(model, skeleton.path)
+    return model
+
+
+def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | str:
+    """Read a dtype argument: a ``torch.dtype``, its name, or ``"auto"`` (also None).
+
+    Raises:
+        ConfigError: It names no floating dtype of torch.
+    """
+    import torch
+
+    if value is None or value == "auto":
+        return "auto"
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"torch_dtype `{value}` is no floating dtype of torch",
+            hint="use torch.bfloat16, torch.float16, torch.float32 or their names",
+        )
+    return dtype
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[list[str]]:
+    """Hold back transformers' progress bars, and its reports of misfits, which are yielded."""
+    import transformers
+
+    bars: Any = transformers.utils.logging
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not any(mark in text for mark in _REPORT_MARKS):
+            return True
+        reports.append(text)
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    had_bars = bars.is_progress_bar_enabled()
+    logger.addFilter(keep)
+    bars.disable_progress_bar()
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)
+        if had_bars:
+            bars.enable_progress_bar()
+
+
+def _find_class(name: str | type[Any]) -> type[Any]:
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else name
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise ConfigError(
+            f"transformers {transformers.__version__} has no model class `{name}`",
+            hint="use AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel or a class it defines",
+        )
+    return found
+
+
+def _dtype_keyword() -> str:
+    import transformers
+    from packaging.version import Version
+
+    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+
+
+def _problems(info: Mapping[str, Any]) -> list[str]:
+    """What the loading info finds wrong, one phrase a kind; empty when all fits."""
+    problems = [
+        f"{word}: {_names(info[key])}"
+        for word, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"))
+        if info.get(key)
+    ]
+    if mismatched := info.get("mismatched_keys"):
+        # 4.x gives names; 5.x gives (name, shape in the checkpoint, shape in the model).
+        texts = [
+            f"{shown(item[0])} is {list(item[1])} instead of {list(item[2])}"
+            if isinstance(item, tuple)
+            else shown(item)
+            for item in sorted(mismatched)
+        ]
+        problems.append(f"of another shape: {_listed(texts)}")
+    if messages := info.get("error_msgs"):
+        problems.append(_listed(list(messages)))
+    return problems
+
+
+def _misfit(skeleton: Skeleton, problems: Iterable[str]) -> CheckpointError:
+    architectures = skeleton.config.architectures
+    name = skeleton.model_class.__name__
+    return CheckpointError(
+        f"the weights in `{skeleton.path}` do not fit a {name}: {'; '.join(problems)}",
+        hint=f"its config.json names {', '.join(architectures)}: see hf_model_class"
+        if architectures and name not in architectures
+        else "its config.json and its weights belong to different models, or one is damaged",
+    )
+
+
+def _unconverted(reports: Iterable[str]) -> list[str]:
+    """Names that transformers could not convert, from its rows ``name | CONVERSION | …``."""
+    rows = (line.split("|") for report in reports for line in report.splitlines())
+    return [row[0].strip() for row in rows if len(row) > 1 and "CONVERSION" in row[1]]
+
+
+def _names(names: Iterable[str]) -> str:
+    return _listed([shown(name) for name in sorted(names)])
+
+
+def _listed(texts: list[str]) -> str:
+    more = len(texts) - _SHOWN_NAMES
+    return ", ".join(texts[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _set_generation_config(model: Any, path: Path) -> None:
+    """Do what ``from_pretrained`` does with the directory that it was not given."""
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    else:
+        # Old checkpoints keep these settings in config.json, from which 5.x drops them.
+        model.generation_config = GenerationConfig.from_pretrained(
+            str(path), config_file_name="config.json", _from_model_config=True
+        )
