@@ -62,9 +62,9 @@ static sllm_status check_extent(const sllm_job *job, const sllm_extent *extent, 
                                 sllm_error *err)
 {
     unsigned long long n = number;
-    if (extent->file >= job->source_count || extent->bytes == 0 ||
-        extent->offset > INT64_MAX / 2 || extent->bytes > INT64_MAX / 2 ||
-        extent->device < -1 || extent->device >= (int32_t)job->device_count) {
+    if (extent->file >= job->source_count || extent->bytes == 0 || extent->offset > INT64_MAX / 2 ||
+        extent->bytes > INT64_MAX / 2 || extent->device < -1 ||
+        extent->device >= (int32_t)job->device_count) {
         return sllmi_fail(err, SLLM_E_INVALID, 0,
                           "extent %llu (file %u, device %d, %llu bytes at %llu) is not one", n,
                           extent->file, extent->device, (unsigned long long)extent->bytes,
@@ -104,9 +104,9 @@ static sllm_status open_sources(sllm_job *job, const sllm_file *files, uint32_t 
 {
     for (uint32_t i = 0; i < file_count; i++) {
         job->source_count = i + 1; /* a source that half opened is closed, too */
-        sllm_status status = sllmi_source_open(files[i].fd, files[i].path,
-                                               (job->flags & SLLM_JOB_NO_DIRECT) == 0,
-                                               &job->sources[i], err);
+        sllm_status status =
+            sllmi_source_open(files[i].fd, files[i].path, (job->flags & SLLM_JOB_NO_DIRECT) == 0,
+                              &job->sources[i], err);
         if (status != SLLM_OK) {
             return status;
         }
@@ -123,8 +123,7 @@ static sllm_status plan_job(sllm_job *job, const sllm_extent *extents, uint64_t 
             return status;
         }
     }
-    sllm_status status =
-        sllmi_plan_build(extents, extent_count, job->chunk_bytes, &job->plan, err);
+    sllm_status status = sllmi_plan_build(extents, extent_count, job->chunk_bytes, &job->plan, err);
     if (status != SLLM_OK) {
         return status;
     }

@@ -19,7 +19,7 @@
 typedef struct sllmi_worker {
     sllm_job *job;
     pthread_t thread;
-    uint32_t index;        /* of the reader, or of the device */
+    uint32_t index;         /* of the reader, or of the device */
     _Atomic uint64_t chunk; /* the one in hand, plus 1; 0: none */
 } sllmi_worker;
 
@@ -34,7 +34,7 @@ struct sllm_job {
     sllm_ring *ring;
     sllm_device **devices;
     uint32_t device_count;
-    sllmi_queue *queues;      /* one a device */
+    sllmi_queue *queues; /* one a device */
     sllmi_worker *readers;
     uint32_t reader_count;    /* threads asked for; after start, threads there are */
     sllmi_worker *copiers;    /* one a device */
@@ -48,7 +48,7 @@ struct sllm_job {
     _Atomic uint64_t chunks_done;
     _Atomic uint64_t moved_ns; /* when anything moved last */
     _Atomic uint64_t read_end_ns, copy_end_ns;
-    atomic_uchar *done; /* one a chunk */
+    atomic_uchar *done;       /* one a chunk */
     atomic_uint *copies_left; /* devices that still want a staged chunk */
 
     pthread_mutex_t lock;

@@ -116,10 +116,9 @@ sllm_status sllm_memory_create(uint64_t bytes, uint64_t file_offset, sllm_memory
     /* A large mapping ends with a whole huge page, else its tail would be 4 KiB pages. */
     uint64_t mapping_bytes = sllmi_align_up(skew + bytes, large ? huge : page_bytes());
     char *mapping = reserve(mapping_bytes, large ? huge : page_bytes(), 0);
-    if (mapping == NULL ||
-        sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
-                       0) == MAP_FAILED) {
+    if (mapping == NULL || sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                                          -1, 0) == MAP_FAILED) {
         int os_errno = errno;
         if (mapping != NULL) {
             sllmi_sys.munmap(mapping, mapping_bytes);

@@ -82,7 +82,8 @@ sllmi_slot *sllmi_ring_acquire(sllm_ring *ring, uint32_t timeout_ms, const atomi
     uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
     sllmi_slot *slot = NULL;
     pthread_mutex_lock(&ring->lock);
-    while (!*stop && ring->free_slots == NULL && sllmi_cond_wait(&ring->returned, &ring->lock, deadline)) {
+    while (!*stop && ring->free_slots == NULL &&
+           sllmi_cond_wait(&ring->returned, &ring->lock, deadline)) {
     }
     if (!*stop && ring->free_slots != NULL) {
         slot = ring->free_slots;

@@ -8,9 +8,9 @@
 #include "sllm.h"
 
 typedef struct sllmi_slot {
-    char *memory;          /* slot_bytes, page-aligned */
-    uint64_t chunk;        /* index into the plan, set by the reader */
-    atomic_uint users;     /* devices that have not copied it yet */
+    char *memory;      /* slot_bytes, page-aligned */
+    uint64_t chunk;    /* index into the plan, set by the reader */
+    atomic_uint users; /* devices that have not copied it yet */
     struct sllmi_slot *next_free;
 } sllmi_slot;
 

@@ -216,9 +216,9 @@ void *sllmi_copier_run(void *argument)
     sllm_job *job = worker->job;
     sllm_device *device = job->devices[worker->index];
     struct copier copier = {.job = job,
-                     .ops = device->ops,
-                     .device = (int32_t)worker->index,
-                     .capacity = sllmi_ring_slot_count(job->ring)};
+                            .ops = device->ops,
+                            .device = (int32_t)worker->index,
+                            .capacity = sllmi_ring_slot_count(job->ring)};
     sllm_error failure = {0};
     name_thread("copy", worker->index);
     sllm_status status = SLLM_OK;
