@@ -27,6 +27,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_NUMBERS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
-        listed = os.listdir(path) if is_directory else []
+        listed = [entry.name for entry in path.iterdir()] if is_directory else []
     except FileNotFoundError as exc:
         raise CheckpointNotFound(f"no checkpoint at `{path}`: no such path") from exc
     except (OSError, ValueError) as exc:
@@ -137,7 +138,7 @@ def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that orders numbers in names by value: ``layers.2`` before ``layers.10``."""
-    parts = re.split(r"([0-9]+)", name)
+    parts = _NUMBERS.split(name)
     return tuple(
         (1, int(part), "") if i % 2 and len(part) < 19 else (0, 0, part)
         for i, part in enumerate(parts)
@@ -162,6 +163,8 @@ def read_shard(path: Path, shard: int = 0) -> tuple[Shard, list[TensorEntry], di
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{shown(path)} is not a regular file")
+        # Without this the kernel reads ahead into the tensors, which the load then reads again.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         size = status.st_size
         length = parse_prefix(_pread(fd, PREFIX_BYTES, 0), size, str(path))
         raw = _pread(fd, length, PREFIX_BYTES)
