@@ -151,6 +151,8 @@ def _reason(chain: list[BaseException], kinds: set[str], detail: str) -> str:
         if "RepositoryNotFoundError" in kinds and status == 401:
             return "not_public"
         return named.get(status, "server" if status >= 500 or status == 429 else "failed")
+    if kinds & {"ServerError", "RateLimitError"}:
+        return "server"
     if "ProxyError" in kinds and not kinds & _NO_CONNECTION:
         return "proxy"
     if kinds & _BAD_ADDRESS:

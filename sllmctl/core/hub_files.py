@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from sllmctl.errors import HubError
+
 _PICKLED = (".bin", ".pt", ".pth")
 _FOREIGN = (
     ".ckpt",
@@ -58,7 +60,7 @@ def choose_files(
         Names in sorted order.
 
     Raises:
-        ValueError: A name would lead out of the folder that it is written to.
+        HubError: A name would lead out of the folder that it is written to.
     """
     kept = []
     for name in sorted(set(names)):
@@ -82,7 +84,7 @@ def choose_files(
 def _check_safe(name: str) -> None:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\\0-\x1f]", name):
-        raise ValueError(f"the repository lists a file with the unsafe name {name!r}")
+        raise HubError(f"the repository lists a file with the unsafe name {name!r}")
 
 
 def _is_foreign(name: str) -> bool:

@@ -6,6 +6,7 @@ itself it loads no torch.
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from modelscope_hub import HubApi, ProgressCallback
@@ -34,14 +35,12 @@ class ModelScope:
 
     def read(self, name: str) -> bytes:
         """Fetch one small file and return its content."""
-        file = self._files[name]
         path = self._api.download_file(
             self._name,
             "model",
             name,
             revision=self.revision,
-            expected_sha256=file.sha256,
-            file_size=file.size or None,
+            expected_sha256=self._files[name].sha256,
         )
         return Path(path).read_bytes()
 
@@ -65,16 +64,11 @@ class ModelScope:
                 self.seen_bytes += size
                 done_bytes[self.filename] = self.seen_bytes
 
-        # The listing gives 0 both for an empty file and for a size that it does not know.
-        file_list = [
-            {"Path": file.path, "Size": file.size or None, "Sha256": file.sha256}
-            for file in map(self._files.__getitem__, names)
-        ]
         path = self._api.download_repo(
             self._name,
             "model",
             revision=self.revision,
-            file_list=file_list,
+            allow_patterns=[glob.escape(name) for name in names],
             max_workers=_WORKERS,
             progress_callbacks=[Meter],
         )

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from sllmctl.core.hub_files import choose_files
+from sllmctl.errors import HubError
 
 
 def choose(*names, indexes=None, **patterns):
@@ -118,5 +119,5 @@ def test_patterns_narrow_weights_and_extra_files_alike():
 
 @pytest.mark.parametrize("name", ["../evil.json", "/etc/evil", "a//b", "a/./b", "a\\..\\b", "a\0b"])
 def test_names_that_lead_out_of_the_folder_are_refused(name):
-    with pytest.raises(ValueError, match="unsafe name"):
+    with pytest.raises(HubError, match="unsafe name"):
         choose("config.json", name)

@@ -61,6 +61,16 @@ def test_patterns_narrow_what_is_fetched(hub, servers, model):
 
 
 @pytest.mark.parametrize("hub", HUBS)
+def test_a_file_whose_name_looks_like_a_pattern_is_fetched(hub, servers, model):
+    odd = {"notes [1].txt": b"one", "chat*.json": b"{}", "a?.json": b"{}", "größe +&.txt": b"x"}
+    servers[hub].add(NAME, {**model, **odd, "notes 1.txt": b"other"})
+    download = fetch(NAME, hub=hub, exclude=["*.safetensors", "*.bin", "notes 1.txt"])
+    for name, text in odd.items():
+        assert (download.path / name).read_bytes() == text
+    assert "notes 1.txt" not in servers[hub].fetched
+
+
+@pytest.mark.parametrize("hub", HUBS)
 def test_patterns_that_leave_nothing_are_named(hub, servers, model):
     servers[hub].add(NAME, model)
     with pytest.raises(HubError, match=r"no file of `acme/tiny-1.5b` .* --include \*\.gguf"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
 
 import pytest
 from hub_server import NAME
@@ -222,6 +224,25 @@ def test_a_failing_handshake_is_no_reason_to_ask_another_hub(
     with pytest.raises(HubError, match="no secure connection") as error:
         fetch(NAME, hub="auto" if hub == "huggingface" else hub)
     assert "SSL_CERT_FILE" in error.value.hint
+
+
+def test_auto_moves_on_when_the_handshake_is_cut_off(everywhere, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up():
+            for _ in range(8):
+                try:
+                    listener.accept()[0].close()
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        monkeypatch.setenv("HF_ENDPOINT", f"https://127.0.0.1:{listener.getsockname()[1]}")
+        assert fetch(NAME).hub == "modelscope"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_an_address_without_a_scheme_is_said(monkeypatch):
