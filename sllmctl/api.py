@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sllmctl.core.checkpoint import open_checkpoint
@@ -42,8 +41,10 @@ def load(
         CheckpointNotFound, CheckpointError: No checkpoint is there, or it is damaged.
         SllmError: As ``core.load.load`` raises them.
     """
-    started = time.perf_counter()
+    import torch  # noqa: F401 - its import takes seconds, and is no part of the load
+
     require_cpu(device)
+    started = time.perf_counter()
     checkpoint = open_checkpoint(resolve_model(model, storage_path))
     opened_s = time.perf_counter() - started
     loaded = load_checkpoint(checkpoint, options or LoadOptions.choose(), progress=progress)

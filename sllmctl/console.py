@@ -116,12 +116,15 @@ class _Lines:
 
     def __init__(self) -> None:
         self._stage = ""
+        self._done_bytes = 0
         self._started = self._last = 0.0
 
     def show(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._started, self._last = stage, now, now
+        again = stage != self._stage or done_bytes < self._done_bytes
+        self._stage, self._done_bytes = stage, done_bytes
+        if again:
+            self._started = self._last = now
             return
         if now - self._last < PROGRESS_LINE_EVERY_S:
             return

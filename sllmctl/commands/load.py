@@ -124,7 +124,7 @@ def _lines(
     for stage in _STAGES:
         seconds = getattr(stats, f"{stage}_s")
         moved = stats.bytes - stats.mapped_bytes if stage == "read" else 0
-        if seconds or stage != "copy":
+        if seconds:
             rows.append(
                 [
                     stage,

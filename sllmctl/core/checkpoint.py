@@ -21,7 +21,16 @@ from sllmctl.core.header import (
 from sllmctl.core.manifest import Manifest, read_manifest
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 
-__all__ = ["Checkpoint", "Shard", "TensorEntry", "natural_key", "open_checkpoint", "read_shard"]
+__all__ = [
+    "Checkpoint",
+    "Shard",
+    "TensorEntry",
+    "find_shards",
+    "natural_key",
+    "open_checkpoint",
+    "open_shards",
+    "read_shard",
+]
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -89,11 +98,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"`{path}` is not a safetensors file",
                 hint="give a checkpoint's directory, or a file that ends in .safetensors",
             )
-        return _read(path, path.parent, [path.name], None, None)
+        return open_shards(path.parent, [path.name], None, path=path)
     index_name, names = find_shards(path, listed)
     manifest = read_manifest(path)
     if index_name is None:
-        return _read(path, path, names, None, manifest)
+        return open_shards(path, names, None, manifest=manifest)
     index_path = path / index_name
     try:
         raw = index_path.read_bytes()
@@ -101,7 +110,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"cannot read `{index_path}`: {exc.strerror}") from exc
     weight_map = parse_index(raw, str(index_path))
     names = sorted(set(weight_map.values()), key=natural_key)
-    return _read(path, path, names, (index_name, weight_map), manifest)
+    return open_shards(path, names, (index_name, weight_map), manifest=manifest)
 
 
 def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -191,13 +200,26 @@ def _pread(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _read(
-    path: Path,
+def open_shards(
     directory: Path,
     names: Sequence[str],
     index: tuple[str, dict[str, str]] | None,
-    manifest: Manifest | None,
+    *,
+    path: Path | None = None,
+    manifest: Manifest | None = None,
 ) -> Checkpoint:
+    """Read the headers of chosen files and check that together they make a checkpoint.
+
+    Args:
+        directory: Where the files are.
+        names: The files, relative to it.
+        index: Name and content of the index that must agree with them, if there is one.
+        path: What the checkpoint says it was opened from, where that is not the directory.
+        manifest: Goes into the result.
+
+    Raises:
+        CheckpointError: A file is missing or malformed, or contradicts another or the index.
+    """
     shards: list[Shard] = []
     tensors: dict[str, TensorEntry] = {}
     claims: dict[str, tuple[str, int]] = {}
@@ -226,7 +248,7 @@ def _read(
             metadata[key] = value
     if index is not None:
         _check_index(directory / index[0], index[1], names, tensors, aliases)
-    return Checkpoint(path, tuple(shards), tensors, aliases, metadata, manifest)
+    return Checkpoint(path or directory, tuple(shards), tensors, aliases, metadata, manifest)
 
 
 def _check_index(

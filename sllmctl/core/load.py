@@ -205,8 +205,7 @@ def check_memory(needed_bytes: int) -> None:
     Raises:
         HostMemoryError: Less is available than needed.
     """
-    available = available_memory_bytes()
-    if needed_bytes > available:
+    if needed_bytes and needed_bytes > (available := available_memory_bytes()):
         raise HostMemoryError(
             f"the load needs {format_size(needed_bytes)} of memory, and "
             f"{format_size(available)} are available",

@@ -1,0 +1,61 @@
+# `make demo` shows the main job on real input, `make test` passes the tests. Each sets everything up.
+# Needed: python3 (3.10 or later) with venv, gcc and make. torch is taken as this Python has it, or
+# as pip is told to get it: set TORCH, or pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS), to
+# have another one.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.ready
+export SLLMCTL_NO_PROGRESS ?=
+
+.PHONY: help setup demo test test-quick lint format fuzz torture bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 14
+
+setup: $(STAMP) ## a virtual environment with an editable install, the native library built in the tree
+
+$(STAMP): pyproject.toml build_native.py constraints-dev.txt $(wildcard native/*/*.[ch])
+	@echo "setting up $(VENV): a few minutes the first time, seconds after that"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		$$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet '$(TORCH)'
+	@$(PIP) install --quiet 'setuptools>=77' 'cffi>=1.16' wheel
+	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]' -c constraints-dev.txt
+	@touch $@
+
+demo: setup ## convert and load a real model and a generated one of 1 GB, prove and time it
+	@$(BIN)/python -m tests.demo
+
+test: setup lint ## everything that CI runs
+	$(BIN)/python -m pytest
+
+test-quick: setup ## unit tests alone: seconds
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup ## formatting, style, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch])
+
+format: setup ## rewrite the sources as lint wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch])
+
+fuzz: setup ## a million inputs through every reader: minutes
+	$(BIN)/python -m tests.fuzz --inputs 1000000
+
+torture: setup ## kill -9 a conversion 200 times, flip 1,000 bits: minutes
+	$(BIN)/python -m tests.torture.kill_convert --count 200
+	$(BIN)/python -m tests.torture.flip_bits --count 1000
+
+bench: setup ## measure loads and conversion against the machine's limits
+	$(BIN)/python -m sllmctl.bench
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist *.egg-info sllmctl/_native*.so demo
