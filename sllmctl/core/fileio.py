@@ -105,7 +105,7 @@ class SourceFile:
         if skew == 0 and position % PAGE_BYTES == 0:
             self._read_pages(offset, buffer, position, nbytes)
             return
-        scratch = _scratch(skew + nbytes)
+        scratch = thread_buffer("direct", skew + nbytes)
         self._read_pages(offset - skew, scratch, 0, skew + nbytes)
         # ctypes lets other threads run meanwhile; copying between memoryviews does not.
         ctypes.memmove(buffer.address + position, scratch.address + skew, nbytes)
@@ -150,14 +150,16 @@ def _error(what: str, exc: OSError) -> ReadError:
 
 
 class _Local(threading.local):
-    scratch: Buffer | None = None
+    def __init__(self) -> None:
+        self.buffers: dict[str, Buffer] = {}
 
 
 _local = _Local()
 
 
-def _scratch(nbytes: int) -> Buffer:
-    """Memory for one direct read of this thread."""
-    if _local.scratch is None or _local.scratch.nbytes < nbytes:
-        _local.scratch = Buffer(-(-nbytes // PAGE_BYTES) * PAGE_BYTES)
-    return _local.scratch
+def thread_buffer(use: str, nbytes: int) -> Buffer:
+    """Memory that this thread keeps for one use; what it held before is lost."""
+    buffer = _local.buffers.get(use)
+    if buffer is None or buffer.nbytes < nbytes:
+        buffer = _local.buffers[use] = Buffer(-(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+    return buffer

@@ -1,0 +1,275 @@
+"""What a conversion reads: the files that are weights, and those that go along as they are."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from sllmctl.core.checkpoint import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    find_shards,
+    natural_key,
+    open_shards,
+)
+from sllmctl.core.fileio import SourceFile
+from sllmctl.core.header import parse_index, shown
+from sllmctl.core.layout import TensorSpec
+from sllmctl.core.manifest import MANIFEST_NAME
+from sllmctl.core.writer import ByteSource
+from sllmctl.errors import CheckpointError, CheckpointNotFound
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+OTHER_FORMATS = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
+    *("*.onnx", "*.onnx_data", "*.gguf", "*.bin.index.json", "*.h5.index.json"),
+    *("*.msgpack.index.json", "original/*", "onnx/*"),
+)
+"""Weights in other formats, which stay behind unless ``--include`` names them."""
+
+SKIPPED_DIRECTORIES = frozenset({".git", ".cache", "__pycache__"})
+_TRAINING_STATE = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*")
+
+
+class FoundFile(NamedTuple):
+    """A regular file of the source: its relative name, where it is, and its identity now.
+
+    ``outside`` marks a link that leads out of the source.
+    """
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    outside: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a source, by what becomes of them.
+
+    Attributes:
+        path: The directory.
+        kind: ``safetensors`` or ``torch``: the format of the weights.
+        weights: The weights' files, in natural order of their names.
+        index: The weights' index, if they have one.
+        others: What is copied byte for byte.
+        warnings: What is left out against expectation.
+    """
+
+    path: Path
+    kind: str
+    weights: tuple[FoundFile, ...]
+    index: FoundFile | None
+    others: tuple[FoundFile, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Tensors to be written, and where their bytes are.
+
+    Attributes:
+        tensors: In any order.
+        aliases: Tied name to the name of the tensor that is stored.
+        metadata: Text metadata to carry over.
+        sources: For each tensor, the source of its bytes and the offset of the first.
+        close: Ends the sources.
+        warnings: What a person should know.
+    """
+
+    tensors: list[TensorSpec]
+    aliases: dict[str, str]
+    metadata: dict[str, str]
+    sources: dict[str, tuple[ByteSource, int]]
+    close: Callable[[], None]
+    warnings: tuple[str, ...] = ()
+
+
+def list_source(
+    path: Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    files: Sequence[str] | None = None,
+) -> Listing:
+    """List the files of a source directory, or of a single weights file.
+
+    Args:
+        path: The directory or the file.
+        include: Patterns; if there are any, a file takes part only if one matches its relative
+            name. A match also brings in what would stay behind as another weight format.
+        exclude: Patterns; a file that one matches takes no part.
+        files: Relative names; others take no part.
+
+    Raises:
+        CheckpointNotFound: No such path, or no weights in it.
+        CheckpointError: The weights' index is damaged, or names a file that is not there.
+    """
+    if path.is_file():
+        path, files = path.parent, (path.name,)
+    elif not path.is_dir():
+        raise CheckpointNotFound(f"there is no directory `{path}`")
+    warnings: list[str] = []
+    wanted = None if files is None else set(files)
+    found = {
+        file.name: file
+        for file in _walk(path, warnings)
+        if (wanted is None or file.name in wanted)
+        and (not include or _matches(file.name, include))
+        and not _matches(file.name, exclude)
+    }
+    top = [name for name in found if "/" not in name]
+    kind = "safetensors"
+    try:
+        index_name, names = find_shards(path, top)
+    except CheckpointNotFound:
+        kind = "torch"
+        index_name, names = _find_torch_files(path, top)
+    index = None
+    if index_name is not None:
+        index = found[index_name]
+        names = sorted(
+            set(parse_index(_read(index.path), str(index.path)).values()), key=natural_key
+        )
+    for name in names:
+        if name not in found:
+            raise CheckpointError(
+                f"`{path / str(index_name)}` names {shown(name)}, which is not there",
+                hint="the download or copy is incomplete",
+            )
+    chosen = set(names)
+    others = []
+    for name, file in found.items():
+        if name in chosen or name == MANIFEST_NAME or (name in top and name.endswith(INDEX_SUFFIX)):
+            continue
+        if name in top and name.endswith(SUFFIX):
+            warnings.append(f"`{name}` is no part of the checkpoint and stays behind")
+        elif _matches(name, OTHER_FORMATS) and not (include and _matches(name, include)):
+            continue
+        elif file.outside:
+            # Weights are parsed, so a link may take them from anywhere. This would be copied as
+            # it is, and a link in a downloaded repository must not pick up a file from elsewhere.
+            warnings.append(f"`{name}` links out of the source and stays behind")
+        else:
+            others.append(file)
+    others.sort(key=lambda file: file.name)
+    return Listing(
+        path, kind, tuple(found[name] for name in names), index, tuple(others), tuple(warnings)
+    )
+
+
+def open_safetensors(listing: Listing) -> Weights:
+    """Open the weights of a safetensors source.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or incomplete.
+        ReadError: A file cannot be opened.
+    """
+    index = listing.index
+    weight_map = None if index is None else parse_index(_read(index.path), str(index.path))
+    checkpoint = open_shards(
+        listing.path,
+        [file.name for file in listing.weights],
+        None if index is None or weight_map is None else (index.name, weight_map),
+    )
+    sources: list[SourceFile] = []
+
+    def close() -> None:
+        for source in sources:
+            source.close()
+
+    try:
+        for shard in checkpoint.shards:
+            sources.append(SourceFile(shard.path))
+    except BaseException:
+        close()
+        raise
+    entries = checkpoint.tensors.values()
+    return Weights(
+        tensors=[TensorSpec(e.name, e.dtype, e.shape, e.nbytes) for e in entries],
+        aliases=checkpoint.aliases,
+        metadata=checkpoint.metadata,
+        sources={e.name: (sources[e.shard], e.offset) for e in entries},
+        close=close,
+    )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Match a relative name, or its last part, as the hubs' clients do."""
+    last = name.rsplit("/", 1)[-1]
+    return any(fnmatchcase(name, p) or fnmatchcase(last, p) for p in patterns)
+
+
+def _walk(root: Path, warnings: list[str]) -> Iterator[FoundFile]:
+    """Yield the regular files below a directory, links to files resolved."""
+    allowed = _link_roots(root)
+    for directory, subdirectories, names in os.walk(root):
+        here = Path(directory)
+        for name in list(subdirectories):
+            if name in SKIPPED_DIRECTORIES:
+                subdirectories.remove(name)
+            elif (here / name).is_symlink():
+                relative = (here / name).relative_to(root)
+                warnings.append(f"`{relative}` is a link to a directory and stays behind")
+        for name in names:
+            path = here / name
+            relative_name = path.relative_to(root).as_posix()
+            if name.endswith(".lock"):
+                continue
+            try:
+                status = path.stat()
+            except OSError:
+                warnings.append(f"`{relative_name}` leads nowhere and stays behind")
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                warnings.append(f"`{relative_name}` is no regular file and stays behind")
+                continue
+            outside = path.is_symlink() and not any(
+                Path(os.path.realpath(path)).is_relative_to(root) for root in allowed
+            )
+            yield FoundFile(relative_name, path, status.st_size, status.st_mtime_ns, outside)
+
+
+def _link_roots(root: Path) -> list[Path]:
+    real = Path(os.path.realpath(root))
+    # Hugging Face's cache: models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>
+    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+
+
+def _find_torch_files(path: Path, names: Sequence[str]) -> tuple[str | None, list[str]]:
+    indexes = [name for name in names if name.endswith(".bin.index.json")]
+    if "pytorch_model.bin" in names:
+        return None, ["pytorch_model.bin"]
+    if len(indexes) == 1:
+        return indexes[0], []
+    files = sorted((n for n in names if n.endswith(TORCH_SUFFIXES)), key=natural_key)
+    files = [n for n in files if not _matches(n, _TRAINING_STATE)]
+    named = [n for n in files if n.startswith("pytorch_model")]
+    if not files:
+        raise CheckpointNotFound(
+            f"no weights in `{path}`: looked for *.safetensors, *.bin, *.pt and *.pth",
+            hint="give the directory that holds the weights themselves",
+        )
+    return None, named or files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise CheckpointError(f"cannot read `{path}`: {exc.strerror}") from exc
+
+
+def source_stamps(listing: Listing, *, with_times: bool) -> Mapping[str, list[int]]:
+    """Identify what a conversion reads: size, and time of change, of each file by name."""
+    files = [*listing.weights, *listing.others, *([listing.index] if listing.index else [])]
+    return {
+        file.name: [file.size, file.mtime_ns] if with_times else [file.size]
+        for file in sorted(files, key=lambda file: file.name)
+    }
