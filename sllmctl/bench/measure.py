@@ -91,7 +91,8 @@ def run_forked(case: Case, *, pretouch_bytes: int = 0) -> Sample:
     document = json.loads(text) if text else {"error": f"the process died, status {status}"}
     if "error" in document:
         raise SllmError(document["error"])
-    return Sample(**{**document, "peak_bytes": usage.ru_maxrss * 1024})
+    # A case that measured a process of its own says so; else it is this child's memory.
+    return Sample(**{**document, "peak_bytes": document["peak_bytes"] or usage.ru_maxrss * 1024})
 
 
 def _child(case: Case, pretouch_bytes: int, writer: int) -> None:
@@ -101,9 +102,7 @@ def _child(case: Case, pretouch_bytes: int, writer: int) -> None:
         before, blocks = resource.getrusage(resource.RUSAGE_SELF), _disk_reads()
         sample = case()
         after = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = sample.cpu_s or (
-            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        )
+        cpu = sample.cpu_s or (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         document = asdict(sample) | {"cpu_s": cpu, "disk_bytes": _disk_reads() - blocks}
     except BaseException as exc:
         traceback.print_exc()

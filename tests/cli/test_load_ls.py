@@ -20,7 +20,8 @@ def test_load_tells_a_person_what_came_from_where(sllmctl: Run, tiny_checkpoint:
     assert done.returncode == 0, done.stderr
     first, _, *table = done.stdout.splitlines()
     assert re.fullmatch(
-        rf"loaded {tiny_checkpoint} to cpu: 24 tensors, 10.1 KB in [\d.]+ ms - [\d.]+ [KM]B/s", first
+        rf"loaded {tiny_checkpoint} to cpu: 24 tensors, 10.1 KB in [\d.]+ ms - [\d.]+ [KM]B/s",
+        first,
     )
     assert [row.split()[0] for row in table if row] == ["stage", "open", "plan", "build", "10.1"]
     assert table[-1] == "10.1 KB mapped from the page cache, nothing copied"

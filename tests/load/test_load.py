@@ -83,7 +83,7 @@ def test_no_chunk_size_or_thread_count_changes_a_byte(
 
 @pytest.mark.parametrize("padding", range(0, 64, 7))
 def test_a_header_of_any_length_loads(tmp_path: Path, padding: int) -> None:
-    """Data may start at any byte: nothing but 8-byte alignment is usual, and not even that is law."""
+    """Data may start at any byte: 8-byte alignment is usual, and no law."""
     path = write_checkpoint(tmp_path / "m", {"model.safetensors": some_tensors(5)})
     file = path / "model.safetensors"
     raw = file.read_bytes()
@@ -186,9 +186,7 @@ def test_verifying_needs_digests(tiny_checkpoint: Path) -> None:
         ("SLLMCTL_CHUNK_SIZE", "5000"),
     ],
 )
-def test_a_wrong_setting_is_refused(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_setting_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError):
         LoadOptions.choose()
