@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from sllmctl import __version__
-from sllmctl.core.checkpoint import INDEX_NAME
+from sllmctl.core.checkpoint import INDEX_NAME, open_checkpoint
 from sllmctl.core.fileio import Buffer, SourceFile
 from sllmctl.core.layout import ShardLayout, format_index, plan_shards
 from sllmctl.core.manifest import (
@@ -140,6 +140,8 @@ def assemble(
             if recipe.verify:
                 read_back(target.directory, shards, progress)
             verify_s = time.perf_counter() - started - write_s
+            # What our own reader refuses must never take the place of a checkpoint.
+            open_checkpoint(target.directory)
             manifest = _manifest(recipe, layouts, shards, others)
             _write_file(target.directory, MANIFEST_NAME, format_manifest(manifest))
             if check_source is not None:

@@ -64,7 +64,7 @@ class Cast:
             if spec.dtype != self.cast_from or keep(spec.name):
                 tensors.append(spec)
                 continue
-            nbytes = spec.nbytes // DTYPE_BITS[self.cast_from] * DTYPE_BITS[self._to]
+            nbytes = spec.nbytes * DTYPE_BITS[self._to] // DTYPE_BITS[self.cast_from]
             tensors.append(TensorSpec(spec.name, self._to, spec.shape, nbytes))
             source, offset = weights.sources[spec.name]
             sources[spec.name] = _CastBytes(self, spec.name, source, offset, spec.dtype), 0
