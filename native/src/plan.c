@@ -10,6 +10,7 @@
 
 /* Bytes nobody wants are read along when that saves a read: below this, a request costs more. */
 #define MERGE_GAP_BYTES (64u << 10)
+#define MAX_CHUNKS UINT32_MAX /* what sllm_progress can count */
 
 static uint64_t end_of(const sllm_extent *extent)
 {
@@ -45,13 +46,14 @@ static int by_offset(const void *left, const void *right)
 static uint64_t split(sllmi_chunk *chunks, uint64_t at, sllmi_chunk run, uint64_t chunk_bytes)
 {
     uint64_t end = run.offset + run.bytes;
+    if (chunks == NULL) { /* a sparse file may have more of them than could be counted one by one */
+        return at + (end - 1) / chunk_bytes - run.offset / chunk_bytes + 1;
+    }
     for (uint64_t start = run.offset; start < end; at++) {
-        uint64_t stop = sllmi_min(end, sllmi_align_down(start, chunk_bytes) + chunk_bytes);
-        if (chunks != NULL) {
-            chunks[at] = run;
-            chunks[at].offset = start;
-            chunks[at].bytes = stop - start;
-        }
+        uint64_t stop = sllmi_min(end, start - start % chunk_bytes + chunk_bytes);
+        chunks[at] = run;
+        chunks[at].offset = start;
+        chunks[at].bytes = stop - start;
         start = stop;
     }
     return at;
@@ -61,7 +63,7 @@ static uint64_t split(sllmi_chunk *chunks, uint64_t at, sllmi_chunk run, uint64_
 static uint64_t split_all(const sllmi_plan *plan, uint64_t chunk_bytes, sllmi_chunk *chunks)
 {
     uint64_t at = 0;
-    for (uint64_t i = 0; i < plan->extent_count;) {
+    for (uint64_t i = 0; i < plan->extent_count && at <= MAX_CHUNKS;) {
         const sllm_extent *extent = &plan->extents[i];
         sllmi_chunk run = {.offset = extent->offset,
                            .bytes = extent->bytes,
@@ -114,6 +116,12 @@ sllm_status sllmi_plan_build(const sllm_extent *extents, uint64_t extent_count,
             plan->bytes += extents[i].bytes;
         }
         plan->chunk_count = split_all(plan, chunk_bytes, NULL);
+        if (plan->chunk_count > MAX_CHUNKS) {
+            sllmi_plan_free(plan);
+            return sllmi_fail(err, SLLM_E_INVALID, 0,
+                              "chunks of %llu bytes are too small: there would be more than %u",
+                              (unsigned long long)chunk_bytes, MAX_CHUNKS);
+        }
         plan->chunks = sllmi_sys.alloc(plan->chunk_count * sizeof *plan->chunks);
     }
     if (plan->chunks == NULL) {

@@ -37,7 +37,8 @@ typedef struct sllmi_piece_cursor {
 } sllmi_piece_cursor;
 
 /* Split at multiples of `chunk_bytes` in the file, merge what lies close together on its way to a
- * device. Copies the extents. SLLM_OK or SLLM_E_NOMEM; end it with sllmi_plan_free(). */
+ * device. Copies the extents. SLLM_OK, SLLM_E_NOMEM, or SLLM_E_INVALID for more chunks than
+ * can be counted in 32 bits; end it with sllmi_plan_free(). */
 sllm_status sllmi_plan_build(const sllm_extent *extents, uint64_t extent_count,
                              uint64_t chunk_bytes, sllmi_plan *plan, sllm_error *err);
 void sllmi_plan_free(sllmi_plan *plan);
