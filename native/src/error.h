@@ -5,7 +5,7 @@
 #include "sllm.h"
 
 /* Fill `err` (may be NULL) with a formatted line and return `status`. Control characters, as a
- * hostile file name may hold, become '?'. Keeps errno. */
+ * hostile file name may hold, become '?'; of a line too long the middle is left out. Keeps errno. */
 sllm_status sllmi_fail(sllm_error *err, sllm_status status, int os_errno, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
