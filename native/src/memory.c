@@ -116,9 +116,9 @@ sllm_status sllm_memory_create(uint64_t bytes, uint64_t file_offset, sllm_memory
     /* A large mapping ends with a whole huge page, else its tail would be 4 KiB pages. */
     uint64_t mapping_bytes = sllmi_align_up(skew + bytes, large ? huge : page_bytes());
     char *mapping = reserve(mapping_bytes, large ? huge : page_bytes(), 0);
-    if (mapping == NULL || sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-                                          -1, 0) == MAP_FAILED) {
+    /* Not mapped anew: a fixed mapping that fails may leave a hole for others to map into. */
+    if (mapping == NULL ||
+        sllmi_sys.mprotect(mapping, mapping_bytes, PROT_READ | PROT_WRITE) != 0) {
         int os_errno = errno;
         if (mapping != NULL) {
             sllmi_sys.munmap(mapping, mapping_bytes);
@@ -173,16 +173,12 @@ sllm_status sllm_memory_map(int fd, const char *path, uint64_t file_offset, uint
                           "cannot reserve %llu bytes of address space for `%s`: %s",
                           (unsigned long long)bytes, path, strerror(os_errno));
     }
-    bool writable = true;
+    bool writable = false;
     int flags = MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED;
-    void *mapped =
-        sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ | PROT_WRITE, flags, fd, (off_t)start);
-    if (mapped == MAP_FAILED && errno == ENOMEM) {
-        /* Strict overcommit counts a writable private mapping in full. */
-        writable = false;
-        mapped = sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ, flags, fd, (off_t)start);
-    }
+    void *mapped = sllmi_sys.mmap(mapping, mapping_bytes, PROT_READ, flags, fd, (off_t)start);
     if (mapped != MAP_FAILED) {
+        /* Strict overcommit counts a writable private mapping in full, and may refuse. */
+        writable = sllmi_sys.mprotect(mapping, mapping_bytes, PROT_READ | PROT_WRITE) == 0;
         *memory_out = new_memory(mapping, mapping_bytes, skew, bytes, writable);
     }
     if (*memory_out == NULL) {

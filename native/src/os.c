@@ -81,6 +81,7 @@ sllmi_os sllmi_sys = {
     .mmap = mmap,
     .munmap = munmap,
     .madvise = madvise,
+    .mprotect = mprotect,
     .mincore = mincore,
     .thread_create = os_thread_create,
     .alloc = os_alloc,

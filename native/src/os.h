@@ -23,6 +23,7 @@ typedef struct sllmi_os {
     void *(*mmap)(void *address, size_t bytes, int protection, int flags, int fd, off_t offset);
     int (*munmap)(void *address, size_t bytes);
     int (*madvise)(void *address, size_t bytes, int advice);
+    int (*mprotect)(void *address, size_t bytes, int protection);
     int (*mincore)(void *address, size_t bytes, unsigned char *resident_out);
     int (*thread_create)(pthread_t *thread_out, void *(*run)(void *), void *argument);
     void *(*alloc)(size_t bytes); /* zeroed; ended with free() */
