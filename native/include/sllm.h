@@ -29,18 +29,18 @@
 
 typedef enum sllm_status {
     SLLM_OK = 0,
-    SLLM_E_INVALID = -1,     /* an argument contradicts the contract */
-    SLLM_E_NOMEM = -2,       /* host memory or address space could not be had */
-    SLLM_E_IO = -3,          /* the system refused a read; see os_errno */
-    SLLM_E_TRUNCATED = -4,   /* a file ends before the extent does */
-    SLLM_E_CHANGED = -5,     /* a file changed while it was read */
-    SLLM_E_CANCELLED = -6,   /* sllm_job_cancel() was called */
-    SLLM_E_TIMEOUT = -7,     /* nothing moved for the deadline */
-    SLLM_E_NO_DEVICE = -8,   /* no such device, or its runtime library is missing */
-    SLLM_E_DEVICE = -9,      /* a device call failed; see device_code */
+    SLLM_E_INVALID = -1,      /* an argument contradicts the contract */
+    SLLM_E_NOMEM = -2,        /* host memory or address space could not be had */
+    SLLM_E_IO = -3,           /* the system refused a read; see os_errno */
+    SLLM_E_TRUNCATED = -4,    /* a file ends before the extent does */
+    SLLM_E_CHANGED = -5,      /* a file changed while it was read */
+    SLLM_E_CANCELLED = -6,    /* sllm_job_cancel() was called */
+    SLLM_E_TIMEOUT = -7,      /* nothing moved for the deadline */
+    SLLM_E_NO_DEVICE = -8,    /* no such device, or its runtime library is missing */
+    SLLM_E_DEVICE = -9,       /* a device call failed; see device_code */
     SLLM_E_UNSUPPORTED = -10, /* this kernel, filesystem or backend cannot do that */
-    SLLM_E_FORKED = -11,     /* the handle belongs to the parent process */
-    SLLM_E_BUSY = -12        /* threads are still inside the system; try again or leave it */
+    SLLM_E_FORKED = -11,      /* the handle belongs to the parent process */
+    SLLM_E_BUSY = -12         /* threads are still inside the system; try again or leave it */
 } sllm_status;
 
 #define SLLM_ERROR_TEXT_BYTES 768
@@ -128,13 +128,13 @@ void sllm_memory_destroy(sllm_memory *memory);
 /* What sllm_file_probe() found. */
 typedef struct sllm_file_facts {
     uint64_t size_bytes;
-    uint64_t resident_bytes; /* of the range asked about; an estimate in steps of 2 MiB */
-    uint32_t local;          /* 1: a disk or memory filesystem of this machine */
+    uint64_t resident_bytes;  /* of the range asked about; an estimate from samples */
+    uint32_t local;           /* 1: a disk or memory filesystem of this machine */
     uint32_t residency_known; /* 1: resident_bytes was measured; 0: this process may not ask */
 } sllm_file_facts;
 
 /**
- * Ask how much of a file is in the page cache, without reading any of it.
+ * Ask how much of a file is in the page cache, without reading it: at most one page per sample.
  * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_IO.
  *
  * Threads: any. Blocks: microseconds a GiB.
@@ -185,44 +185,44 @@ void sllm_ring_destroy(sllm_ring *ring);
 
 /* A file that extents name by its index. The descriptor must stay open until the job is closed. */
 typedef struct sllm_file {
-    int32_t fd;       /* a normal, readable descriptor; the job opens its own for direct I/O */
+    int32_t fd;        /* a normal, readable descriptor; the job opens its own for direct I/O */
     uint32_t reserved; /* 0 */
-    const char *path; /* for messages; copied */
+    const char *path;  /* for messages; copied */
 } sllm_file;
 
 /* A byte range of a file and where it goes. */
 typedef struct sllm_extent {
-    uint32_t file;    /* index into the job's files */
-    int32_t device;   /* -1: `target` is host memory; else index into the job's devices */
-    uint64_t offset;  /* in the file */
-    uint64_t bytes;   /* at least 1 */
-    uint64_t target;  /* address of the first byte */
+    uint32_t file;   /* index into the job's files */
+    int32_t device;  /* -1: `target` is host memory; else index into the job's devices */
+    uint64_t offset; /* in the file */
+    uint64_t bytes;  /* at least 1 */
+    uint64_t target; /* address of the first byte */
 } sllm_extent;
 
 #define SLLM_JOB_NO_DIRECT 1u /* never use O_DIRECT */
 #define SLLM_JOB_NO_CACHE 2u  /* do not ask the page cache: read everything directly */
 
 typedef struct sllm_job_options {
-    uint64_t size;          /* sizeof(sllm_job_options) */
-    uint64_t chunk_bytes;   /* largest read, a multiple of 4096; 0: 16 MiB */
-    uint32_t threads;       /* readers, 1 to 64; 0: 4 */
-    uint32_t flags;         /* SLLM_JOB_* */
-    uint32_t stall_ms;      /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
-    uint32_t device_count;  /* length of devices; 0 for host memory alone */
-    sllm_device **devices;  /* outlive the job; the array itself is copied */
-    sllm_ring *ring;        /* required when device_count > 0; outlives the job */
+    uint64_t size;         /* sizeof(sllm_job_options) */
+    uint64_t chunk_bytes;  /* largest read, a multiple of 4096; 0: 16 MiB */
+    uint32_t threads;      /* readers, 1 to 64; 0: 4 */
+    uint32_t flags;        /* SLLM_JOB_* */
+    uint32_t stall_ms;     /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
+    uint32_t device_count; /* length of devices; 0 for host memory alone */
+    sllm_device **devices; /* outlive the job; the array itself is copied */
+    sllm_ring *ring;       /* required when device_count > 0; outlives the job */
 } sllm_job_options;
 
-/* A snapshot of a job. Times are seconds since sllm_job_start(); 0 where it has not come to that. */
+/* A snapshot of a job. Times are seconds since sllm_job_start(); 0: not come to that yet. */
 typedef struct sllm_progress {
-    uint64_t bytes_total;  /* sum of the extents, each once a device that wants it */
-    uint64_t bytes_disk;   /* read around the page cache, or by the page cache from disk */
-    uint64_t bytes_cache;  /* found in the page cache */
-    uint64_t bytes_done;   /* in their final place; bytes_total when the job is done */
+    uint64_t bytes_total; /* sum of the extents, each once a device that wants it */
+    uint64_t bytes_disk;  /* read around the page cache, or by the page cache from disk */
+    uint64_t bytes_cache; /* found in the page cache */
+    uint64_t bytes_done;  /* in their final place; bytes_total when the job is done */
     uint32_t chunks_total;
     uint32_t chunks_done;
-    double read_s;         /* until the last byte was read */
-    double copy_s;         /* until the last byte was in its place */
+    double read_s; /* until the last byte was read */
+    double copy_s; /* until the last byte was in its place */
 } sllm_progress;
 
 typedef struct sllm_job sllm_job;

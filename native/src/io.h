@@ -12,6 +12,8 @@
 /* One resident page stands for so many bytes: the page cache grows by large folios and read-ahead
  * windows, so a finer look tells nothing more. */
 #define SLLMI_SAMPLE_BYTES (2u << 20)
+/* Of a whole file, as many samples as find a hole of 2 % with 99 % certainty. */
+#define SLLMI_FILE_SAMPLES 256u
 
 /* How to learn whether a page is in the page cache, best first. */
 typedef enum sllmi_residency {
@@ -23,9 +25,9 @@ typedef enum sllmi_residency {
 } sllmi_residency;
 
 typedef struct sllmi_source {
-    int fd;         /* the caller's; for reads that want read-ahead */
-    int probe_fd;   /* our own description without read-ahead, or -1 */
-    int direct_fd;  /* our own with O_DIRECT, or -1 */
+    int fd;        /* the caller's; for reads that want read-ahead */
+    int probe_fd;  /* our own description without read-ahead, or -1 */
+    int direct_fd; /* our own with O_DIRECT, or -1 */
     atomic_bool direct_refused;
     _Atomic(int) residency;
     bool local;
@@ -45,10 +47,10 @@ sllm_status sllmi_source_open(int fd, const char *path, bool direct, sllmi_sourc
                               sllm_error *err);
 void sllmi_source_close(sllmi_source *source);
 
-/* Bytes of the range that are in the page cache, by samples of one page per SLLMI_SAMPLE_BYTES.
+/* Bytes of the range that are in the page cache, by samples of one page per `sample_bytes`.
  * `known_out` may be NULL; false where this process may not ask, and the answer is 0. */
 uint64_t sllmi_source_resident(sllmi_source *source, uint64_t offset, uint64_t bytes,
-                               bool *known_out);
+                               uint64_t sample_bytes, bool *known_out);
 
 /* Read [offset, offset + bytes) to `target`. A direct read covers whole pages, so the page that
  * `target` starts in and the one it ends in must be writable; target must be congruent to offset

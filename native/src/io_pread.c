@@ -32,8 +32,7 @@ static bool is_remote(unsigned long type)
     case 0x47504653UL: /* GPFS */
     case 0x01161970UL: /* GFS2 */
     case 0x7461636FUL: /* OCFS2 */
-    case 0x19830326UL: /* BeeGFS */
-        return true;
+    case 0x19830326UL: /* BeeGFS */ return true;
     default: return false;
     }
 }
@@ -167,15 +166,18 @@ static int is_resident(sllmi_source *source, uint64_t offset)
 }
 
 uint64_t sllmi_source_resident(sllmi_source *source, uint64_t offset, uint64_t bytes,
-                               bool *known_out)
+                               uint64_t sample_bytes, bool *known_out)
 {
     uint64_t resident = 0;
     uint64_t end = offset + bytes;
     bool known = true;
     for (uint64_t at = offset; at < end && known;) {
-        uint64_t next = sllmi_min(end, sllmi_align_down(at, SLLMI_SAMPLE_BYTES) + SLLMI_SAMPLE_BYTES);
-        /* The middle: headers and tails are read for other reasons and stand for nothing. */
-        int answer = is_resident(source, at + (next - at) / 2);
+        uint64_t next = sllmi_min(end, at - at % sample_bytes + sample_bytes);
+        /* In the middle half: headers and tails are read for other reasons and stand for nothing.
+         * Never twice the same page: a look by reading may leave it in the cache. */
+        uint64_t quarter = (next - at) / 4;
+        uint64_t spot = at + quarter + sllmi_now_ns() * 0x9E3779B97F4A7C15u % (2 * quarter + 1);
+        int answer = is_resident(source, spot);
         known = answer >= 0;
         resident += answer > 0 ? next - at : 0;
         at = next;
@@ -246,11 +248,12 @@ static sllm_status read_direct(sllmi_source *source, uint64_t offset, uint64_t b
             return fail_read(source, start + done, errno, err);
         }
         if (got == 0) {
-            return fail_short(source, sllmi_max(start + done, offset), skew + bytes - done, err);
+            uint64_t at = sllmi_max(start + done, offset);
+            return fail_short(source, at, offset + bytes - at, err);
         }
         done += (uint64_t)got;
         if (done < skew + bytes && done % SLLM_PAGE_BYTES != 0) {
-            /* The file's last page, or a filesystem that gives less: go on where direct reads can. */
+            /* The file's last page, or a filesystem that gives less: go on in whole pages. */
             uint64_t whole = sllmi_align_down(done, SLLM_PAGE_BYTES);
             if (whole + (uint64_t)got == done) {
                 done = whole;
@@ -272,7 +275,7 @@ sllm_status sllmi_source_read(sllmi_source *source, uint64_t offset, uint64_t by
     bool direct = source->direct_fd >= 0 && !source->direct_refused &&
                   ((uintptr_t)target - offset) % SLLM_PAGE_BYTES == 0;
     if (ask_cache || !direct) {
-        resident = sllmi_source_resident(source, offset, bytes, NULL);
+        resident = sllmi_source_resident(source, offset, bytes, SLLMI_SAMPLE_BYTES, NULL);
     }
     /* A chunk with a hole or two is still faster through the cache than all of it from the disk. */
     bool cached = resident >= bytes - bytes / 8;
@@ -324,8 +327,10 @@ sllm_status sllm_file_probe(int fd, const char *path, uint64_t file_offset, uint
         bool known;
         facts_out->size_bytes = size;
         facts_out->local = source.local;
+        bytes = sllmi_min(bytes, size - start);
+        uint64_t sample_bytes = sllmi_max(SLLMI_SAMPLE_BYTES, bytes / SLLMI_FILE_SAMPLES);
         facts_out->resident_bytes =
-            sllmi_source_resident(&source, start, sllmi_min(bytes, size - start), &known);
+            sllmi_source_resident(&source, start, bytes, sample_bytes, &known);
         facts_out->residency_known = known;
     }
     sllmi_source_close(&source);
