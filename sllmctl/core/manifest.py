@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import xxhash
@@ -184,6 +184,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _name(value: Any) -> str:
+    path = PurePosixPath(_text(value))
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in value:
+        raise ValueError(f"{value!r} is no file of the checkpoint")
+    return _text(value)
+
+
 def _optional_text(value: Any) -> str | None:
     return None if value is None else _text(value)
 
@@ -207,9 +214,9 @@ def _tuple(value: Any, parse: Callable[[Any], T]) -> tuple[T, ...]:
 
 def _shard(value: Any) -> ShardDigest:
     return ShardDigest(
-        _text(value["name"]), _count(value["size"]), _hex(value["digest"]), _hex(value["chunks"])
+        _name(value["name"]), _count(value["size"]), _hex(value["digest"]), _hex(value["chunks"])
     )
 
 
 def _file(value: Any) -> FileDigest:
-    return FileDigest(_text(value["name"]), _count(value["size"]), _hex(value["digest"]))
+    return FileDigest(_name(value["name"]), _count(value["size"]), _hex(value["digest"]))

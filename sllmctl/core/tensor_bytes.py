@@ -115,7 +115,7 @@ def _check(name: object, tensor: object) -> None:
         raise CheckpointError(f"the name {name!a} is not valid Unicode") from exc
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
-            f"{shown(name)} is a {type(tensor).__name__}, not a tensor",
+            f"{shown(name)} is of type {type(tensor).__name__}, not a tensor",
             hint="save the model's state_dict alone",
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":

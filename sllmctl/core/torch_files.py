@@ -88,7 +88,7 @@ def _open_file(source: SourceFile) -> Weights:
         AttributeError,
         TypeError,
     ) as exc:
-        reason = str(exc).strip().partition("\n")[0]
+        reason = str(exc).strip().partition("\n")[0].partition(". ")[0]
         raise CheckpointError(f"`{source.path}` is not a readable torch file: {reason}") from exc
     tensors = _state_dict(loaded, source.path)
     try:
