@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
+from sllmctl.core.layout import DEFAULT_SHARD_BYTES
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.progress import ProgressFn
+from sllmctl.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from sllmctl.core.convert import ConvertResult
 
 Model = str | os.PathLike[str]
 
@@ -91,3 +96,129 @@ def stream_tensors(
     require_cpu(device)
     checkpoint = open_checkpoint(resolve_model(model, storage_path))
     return stream(checkpoint, LoadOptions.choose())
+
+
+def run_conversion(
+    source: Model,
+    output: Model | None = None,
+    *,
+    storage_path: Model | None = None,
+    hub: str = "auto",
+    revision: str | None = None,
+    dtype: str = "keep",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    force: bool = False,
+    verify: bool = True,
+    progress: ProgressFn | None = None,
+) -> ConvertResult:
+    """Download if need be, convert, verify; and say what was done.
+
+    Args:
+        source: A name on a hub, such as ``Qwen/Qwen3-8B``, or a local directory or file.
+        output: Where to; by default the model's name below the storage path.
+        storage_path: See ``core.config.storage_path``.
+        hub: ``auto``, ``huggingface`` or ``modelscope``.
+        revision: Branch, tag or commit on the hub.
+        dtype: ``keep``, ``bfloat16``, ``float16`` or ``float32``.
+        max_shard_bytes: A shard is no larger, unless a single tensor is.
+        include: Patterns of relative file names; only files that match take part.
+        exclude: Patterns of relative file names that take no part.
+        force: Replace a checkpoint that is there.
+        verify: Read what was written back from the disk.
+        progress: Called with stages ``download``, ``convert`` and ``verify``.
+
+    Raises:
+        HubError: The hub refused, failed or cannot be reached.
+        SllmError: As ``core.convert.convert`` raises them.
+    """
+    from sllmctl.core.convert import convert as convert_directory
+    from sllmctl.core.hub import fetch
+    from sllmctl.core.manifest import Origin
+    from sllmctl.core.places import find_source
+
+    place = find_source(source)
+    target = place.target(output, storage_path)
+    path, origin, files = place.path, place.origin, None
+    if path is None:
+        download = fetch(
+            place.name,
+            hub=hub,
+            revision=revision,
+            include=include,
+            exclude=exclude,
+            progress=progress,
+        )
+        path, files = download.path, download.files
+        origin = Origin(hub=download.hub, name=download.name, revision=download.revision)
+    elif revision is not None:
+        raise ConfigError(
+            f"`{source}` is a local path, and has no revision `{revision}`",
+            hint="leave out the revision, or give a model's name on a hub",
+        )
+    return convert_directory(
+        path,
+        target,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        include=include,
+        exclude=exclude,
+        files=files,
+        force=force,
+        verify=verify,
+        origin=origin,
+        progress=progress,
+    )
+
+
+def convert(
+    source: Model,
+    output: Model | None = None,
+    *,
+    storage_path: Model | None = None,
+    hub: str = "auto",
+    revision: str | None = None,
+    dtype: str = "keep",
+    force: bool = False,
+) -> Path:
+    """Download a model if need be, convert it, and verify what was written.
+
+    Nothing is done where the same conversion is there already. Args and errors: as
+    `run_conversion`.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    return run_conversion(
+        source,
+        output,
+        storage_path=storage_path,
+        hub=hub,
+        revision=revision,
+        dtype=dtype,
+        force=force,
+    ).path
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    path: Model,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    force: bool = True,
+) -> Path:
+    """Write tensors as a checkpoint, in one step: the old one or the new one is there, no half.
+
+    Args:
+        tensors: By name, of any device, strides and size. Exactly tied ones are stored once.
+        path: Directory to make.
+        files: Files beside the weights, such as ``config.json``, by relative name.
+        force: Replace a checkpoint that is there.
+
+    Raises:
+        SllmError: As ``core.save.save_tensors`` raises them.
+    """
+    from sllmctl.core.save import save_tensors as save
+
+    return save(tensors, Path(path), files=files, force=force).path

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sllmctl.core.checkpoint import TensorEntry
 from sllmctl.core.dtypes import torch_dtype
+from sllmctl.core.header import collector_paused
 from sllmctl.native import Memory
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class TensorBuilder:
         frombuffer, empty = torch.frombuffer, torch.empty
         known = {code: (dtype, dtype.itemsize) for code, dtype in self._dtypes.items()}
         tensors: dict[str, torch.Tensor] = {}
-        with _collector_paused():
+        with collector_paused():
             for name, code, shape, shard, offset, nbytes in entries:
                 dtype, itemsize = known[code]
                 if code == "F4":  # torch packs two elements into one of its own
@@ -62,15 +61,3 @@ class TensorBuilder:
                     )
                 tensors[name] = tensor if len(shape) == 1 else tensor.view(shape)
         return tensors
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Thousands of new objects make the collector run for nothing: none of them is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

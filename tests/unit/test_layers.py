@@ -18,7 +18,7 @@ RANKS = {
     "cli": 80,
     "commands": 70,
     "console": 65,
-    "bench": 60,
+    "bench": 66,
     "transformers": 62,
     "integrations": 60,
     "api": 50,
