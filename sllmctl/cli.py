@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from sllmctl import __version__
-from sllmctl.commands import load, ls
+from sllmctl.commands import convert, load, ls, verify
 from sllmctl.console import Console
 from sllmctl.errors import SllmError
 
@@ -79,7 +79,7 @@ def _ending(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-for _command in (load.load, ls.ls):
+for _command in (convert.convert, load.load, verify.verify, ls.ls):
     app.command()(_ending(_command))
 
 

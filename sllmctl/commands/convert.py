@@ -1,0 +1,168 @@
+"""`sllmctl convert`: download if need be, convert, verify."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from sllmctl import api
+from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.console import Console
+from sllmctl.core.convert import ConvertResult
+from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
+
+
+class Dtype(str, Enum):
+    """What weights become."""
+
+    KEEP = "keep"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Hub(str, Enum):
+    """Where a model's name is looked up."""
+
+    AUTO = "auto"
+    HUGGINGFACE = "huggingface"
+    MODELSCOPE = "modelscope"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A model's name on a hub, or a local directory of weights."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIRECTORY",
+            help="Where to. [default: the model's name below the storage path]",
+            show_default=False,
+        ),
+    ] = None,
+    storage_path: StoragePath = None,
+    dtype: Annotated[
+        Dtype,
+        typer.Option("--dtype", help="Cast the weights of the model's main floating dtype."),
+    ] = Dtype.KEEP,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights.")
+    ] = "16GiB",
+    hub: Annotated[
+        Hub,
+        typer.Option(
+            "--hub",
+            help="Where to download from. [default: $SLLMCTL_HUB, auto]",
+            show_default=False,
+        ),
+    ] = Hub.AUTO,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Only files whose name matches, other weight formats too. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="PATTERN",
+            help="No files whose name matches. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint that is there.")
+    ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not read back what was written."),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model for fast loading: download it if need be, convert it, verify it.
+
+    Examples:
+
+      sllmctl convert Qwen/Qwen3-8B
+
+      sllmctl convert ./my-finetune --dtype bfloat16 --output ./models/me/my-finetune
+    """
+    console = Console.choose(as_json=as_json, quiet=quiet)
+    with console.progress() as progress:
+        result = api.run_conversion(
+            source,
+            output,
+            storage_path=storage_path,
+            hub=hub.value,
+            revision=revision,
+            dtype=dtype.value,
+            max_shard_bytes=parse_size(max_shard_size),
+            include=include or (),
+            exclude=exclude or (),
+            force=force,
+            verify=not no_verify,
+            progress=progress,
+        )
+    for warning in result.warnings:
+        console.warn(warning)
+    console.result(_document(result), quiet=result.path, human=_lines(result))
+
+
+def _document(result: ConvertResult) -> dict[str, Any]:
+    return {
+        "schema": "sllmctl.convert/1",
+        "source": result.source,
+        "path": str(result.path),
+        "tensors": result.tensors,
+        "bytes": result.bytes,
+        "shards": result.shards,
+        "elapsed_s": result.elapsed_s,
+        "gb_per_s": _moved(result) / result.elapsed_s / 1e9 if result.elapsed_s else 0.0,
+        "stages": {"write_s": result.write_s, "verify_s": result.verify_s},
+        "already": result.already,
+        "resumed_shards": result.resumed,
+        "warnings": list(result.warnings),
+    }
+
+
+def _moved(result: ConvertResult) -> int:
+    return 0 if result.already else result.bytes
+
+
+def _lines(result: ConvertResult) -> list[str]:
+    size = (
+        f"{result.tensors:,} tensors, {format_size(result.bytes)} in {result.shards} "
+        f"{'shard' if result.shards == 1 else 'shards'}"
+    )
+    if result.already:
+        return [
+            f"{result.source} is there already, of the same source and options: {size}",
+            f"  {result.path}",
+        ]
+    lines = [
+        f"converted {result.source}: {size}, {format_seconds(result.elapsed_s)}"
+        f" - {format_rate(result.bytes, result.elapsed_s)}",
+        f"  {result.path}",
+    ]
+    if result.resumed:
+        lines.append(f"  {result.resumed} shards were complete from a conversion that was killed")
+    if result.verify_s:
+        lines.append(f"  read back and compared in {format_seconds(result.verify_s)}")
+    return lines
