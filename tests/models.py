@@ -179,7 +179,12 @@ _MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bert": _bert,
 }
 
-AUTO_CLASS = {"t5": "AutoModelForSeq2SeqLM", "bart": "AutoModelForSeq2SeqLM", "bert": "AutoModel"}
+AUTO_CLASS = {
+    "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+    "bert": "AutoModel",
+    "minilm": "AutoModel",
+}
 """The Auto class of a model, where it is not ``AutoModelForCausalLM``."""
 
 MODEL_NAMES = tuple(_MODELS)
@@ -221,6 +226,16 @@ def minilm_directory() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    import torch
+
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*flat)
 
 
 if __name__ == "__main__":

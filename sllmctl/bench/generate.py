@@ -78,17 +78,17 @@ class Shape:
 
     @classmethod
     def of(cls, size_bytes: int) -> Shape:
-        """The shape nearest to a size whose embedding takes about a third of it at most.
+        """The widest shape of about a size whose embedding takes at most half of it.
 
         Raises:
             ConfigError: The vocabulary alone would not fit.
         """
         for hidden in _WIDTHS:
-            if VOCABULARY * hidden * 2 <= size_bytes // 3:
+            if VOCABULARY * hidden * 2 <= size_bytes // 2:
                 rest = size_bytes - cls(hidden, 0).nbytes()
                 layer = cls(hidden, 1).nbytes() - cls(hidden, 0).nbytes()
                 return cls(hidden, max(1, round(rest / layer)))
-        smallest = format_size(3 * VOCABULARY * _WIDTHS[-1] * 2)
+        smallest = format_size(2 * VOCABULARY * _WIDTHS[-1] * 2)
         raise ConfigError(
             f"{format_size(size_bytes)} is too small for a model with a vocabulary of {VOCABULARY}",
             hint=f"ask for {smallest} or more",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _SHOWN_VALUES = 4
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,9 @@ def _tokenizer(path: Path) -> Any:
     import transformers
 
     try:
+        # Without files transformers 5.x makes a tokenizer that knows no word.
+        if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+            raise FileNotFoundError("no tokenizer files")
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as exc:
         raise ConfigError(

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SHOWN_NAMES = 5
-_REPORT_MARKS = ("LOAD REPORT", "newly initialized", "were not used when initializing")
+_REPORT_MARKS = (
+    "LOAD REPORT",
+    "newly initialized",
+    "were not used when initializing",
+    "checkpoint seem corrupted",
+)
 
 
 @dataclass(frozen=True, slots=True)
