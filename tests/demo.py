@@ -64,6 +64,7 @@ def prove(name: str, source: Path) -> None:
     from sllmctl.transformers import load_model
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(source)
     auto = "AutoModelForCausalLM" if config.model_type == "qwen3" else "AutoModel"
     theirs = getattr(transformers, auto).from_pretrained(source)
