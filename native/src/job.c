@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "align.h"
+#include "device.h"
 #include "error.h"
 #include "os.h"
 #include "ring.h"
@@ -54,6 +55,30 @@ static sllm_status check_options(const sllm_job_options *options, sllm_error *er
     }
     if (options->device_count > 0 && (options->devices == NULL || options->ring == NULL)) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "a load to a device needs devices and a ring");
+    }
+    return SLLM_OK;
+}
+
+/* What the caller lends to the job, once the options are known to be whole. */
+static sllm_status check_loans(const sllm_job_options *options, uint64_t chunk_bytes,
+                               sllm_error *err)
+{
+    for (uint32_t i = 0; i < options->device_count; i++) {
+        const sllm_device *device = options->devices[i];
+        if (device == NULL || device->pid != getpid()) {
+            return sllmi_fail(err, device == NULL ? SLLM_E_INVALID : SLLM_E_FORKED, 0,
+                              "device %u of the load is none of this process", i);
+        }
+    }
+    if (options->device_count > 0 && !sllmi_ring_is_ours(options->ring)) {
+        return sllmi_fail(err, SLLM_E_FORKED, 0, "the ring of the load is not of this process");
+    }
+    if (options->device_count > 0 &&
+        sllmi_ring_slot_bytes(options->ring) < chunk_bytes + SLLM_PAGE_BYTES) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0,
+                          "slots of %llu bytes do not hold a chunk of %llu and a page",
+                          (unsigned long long)sllmi_ring_slot_bytes(options->ring),
+                          (unsigned long long)chunk_bytes);
     }
     return SLLM_OK;
 }
@@ -152,6 +177,10 @@ sllm_status sllm_job_create(const sllm_file *files, uint32_t file_count, const s
         return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_job_create: a NULL array");
     }
     sllm_status status = check_options(options, err);
+    uint64_t chunk_bytes = options->chunk_bytes != 0 ? options->chunk_bytes : DEFAULT_CHUNK_BYTES;
+    if (status == SLLM_OK) {
+        status = check_loans(options, chunk_bytes, err);
+    }
     if (status != SLLM_OK) {
         return status;
     }
@@ -163,19 +192,11 @@ sllm_status sllm_job_create(const sllm_file *files, uint32_t file_count, const s
     sllmi_cond_init(&job->changed);
     job->pid = getpid();
     job->flags = options->flags;
-    job->chunk_bytes = options->chunk_bytes != 0 ? options->chunk_bytes : DEFAULT_CHUNK_BYTES;
+    job->chunk_bytes = chunk_bytes;
     job->reader_count = options->threads != 0 ? options->threads : DEFAULT_THREADS;
     job->stall_ms = options->stall_ms != 0 ? options->stall_ms : DEFAULT_STALL_MS;
     job->device_count = options->device_count;
     job->ring = options->ring;
-    if (job->ring != NULL && job->device_count > 0 &&
-        sllmi_ring_slot_bytes(job->ring) < job->chunk_bytes + SLLM_PAGE_BYTES) {
-        status = sllmi_fail(err, SLLM_E_INVALID, 0,
-                            "slots of %llu bytes do not hold a chunk of %llu and a page",
-                            (unsigned long long)sllmi_ring_slot_bytes(job->ring),
-                            (unsigned long long)job->chunk_bytes);
-        goto failed;
-    }
     status = allocate(job, file_count, err);
     if (status != SLLM_OK) {
         goto failed;
@@ -296,33 +317,68 @@ static void fill_progress(sllm_job *job, sllm_progress *progress)
     }
 }
 
-/* What the job was at when it stalled: the first chunk that a thread has in hand. */
+/* What the job is at: the first read or copy that a thread has in hand. */
 static void fail_stalled(sllm_job *job)
 {
     sllm_error failure = {0};
-    const sllmi_chunk *chunk = NULL;
-    const char *stage = "copying";
-    for (uint32_t i = 0; chunk == NULL && i < job->reader_count; i++) {
-        uint64_t in_hand = job->readers[i].chunk;
+    sllmi_fail(&failure, SLLM_E_TIMEOUT, ETIMEDOUT, "nothing moved for %u ms", job->stall_ms);
+    for (uint32_t i = 0; i < job->started_copiers; i++) {
+        const sllm_device *device = job->devices[i];
+        uint64_t in_hand = job->copiers[i].chunk;
+        if (in_hand == SLLMI_STARTING) {
+            sllmi_fail(&failure, SLLM_E_TIMEOUT, ETIMEDOUT,
+                       "nothing moved for %u ms while starting %s:%d", job->stall_ms,
+                       device->ops->name, device->ordinal);
+        } else if (in_hand != 0) {
+            const sllmi_chunk *chunk = &job->plan.chunks[in_hand - 1];
+            sllmi_fail(&failure, SLLM_E_TIMEOUT, ETIMEDOUT,
+                       "nothing moved for %u ms while copying `%s` at byte %llu to %s:%d",
+                       job->stall_ms, job->sources[chunk->file].path,
+                       (unsigned long long)chunk->offset, device->ops->name, device->ordinal);
+        }
         if (in_hand != 0) {
-            chunk = &job->plan.chunks[in_hand - 1];
-            stage = "reading";
+            break;
         }
     }
-    for (uint32_t i = 0; chunk == NULL && i < job->started_copiers; i++) {
-        uint64_t in_hand = job->copiers[i].chunk;
-        chunk = in_hand != 0 ? &job->plan.chunks[in_hand - 1] : NULL;
+    for (uint32_t i = 0; i < job->reader_count; i++) {
+        uint64_t in_hand = job->readers[i].chunk;
+        if (in_hand != 0) {
+            const sllmi_chunk *chunk = &job->plan.chunks[in_hand - 1];
+            sllmi_fail(&failure, SLLM_E_TIMEOUT, ETIMEDOUT,
+                       "nothing moved for %u ms while reading `%s` at byte %llu", job->stall_ms,
+                       job->sources[chunk->file].path, (unsigned long long)chunk->offset);
+            break;
+        }
     }
-    sllmi_fail(&failure, SLLM_E_TIMEOUT, ETIMEDOUT,
-               "nothing moved for %u ms while %s `%s` at byte %llu", job->stall_ms, stage,
-               chunk == NULL ? "?" : job->sources[chunk->file].path,
-               chunk == NULL ? 0ull : (unsigned long long)chunk->offset);
     sllmi_job_fail(job, &failure);
+}
+
+/* Wait under the job's lock until it ends, fails, stalls, or the deadline has come. True: stalled. */
+static bool await_end(sllm_job *job, uint64_t deadline_ns)
+{
+    uint64_t stall_ns = (uint64_t)job->stall_ms * 1000000u;
+    while (job->failure.status == SLLM_OK && job->readers_running + job->copiers_running > 0) {
+        uint64_t until = sllmi_min(deadline_ns, job->moved_ns + stall_ns);
+        if (!sllmi_cond_wait(&job->changed, &job->lock, until)) {
+            uint64_t moved = job->moved_ns; /* before the clock is read: threads move on */
+            uint64_t now = sllmi_now_ns();
+            if (now >= moved + stall_ns) {
+                return true;
+            }
+            if (now >= deadline_ns) {
+                return false;
+            }
+        }
+    }
+    return false;
 }
 
 sllm_status sllm_job_wait(sllm_job *job, uint32_t timeout_ms, sllm_progress *progress_out,
                           sllm_error *err)
 {
+    if (progress_out != NULL) {
+        *progress_out = (sllm_progress){0};
+    }
     if (job == NULL || job->pid != getpid()) {
         return sllmi_fail(err, job == NULL ? SLLM_E_INVALID : SLLM_E_FORKED, 0,
                           "sllm_job_wait: not a job of this process");
@@ -330,24 +386,16 @@ sllm_status sllm_job_wait(sllm_job *job, uint32_t timeout_ms, sllm_progress *pro
     if (!job->started) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "the job was not started");
     }
-    uint64_t now = sllmi_now_ns();
-    uint64_t deadline = now + (uint64_t)timeout_ms * 1000000u;
-    bool in_time = true;
     pthread_mutex_lock(&job->lock);
-    while (in_time && job->failure.status == SLLM_OK &&
-           job->readers_running + job->copiers_running > 0) {
-        in_time = sllmi_cond_wait(&job->changed, &job->lock, deadline);
-    }
-    bool running = job->readers_running + job->copiers_running > 0;
-    sllm_error failure = job->failure;
-    pthread_mutex_unlock(&job->lock);
-    if (running && failure.status == SLLM_OK &&
-        sllmi_now_ns() - job->moved_ns > (uint64_t)job->stall_ms * 1000000u) {
+    bool stalled = await_end(job, sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u);
+    if (stalled) {
+        pthread_mutex_unlock(&job->lock);
         fail_stalled(job);
         pthread_mutex_lock(&job->lock);
-        failure = job->failure; /* ours, or one that came just before */
-        pthread_mutex_unlock(&job->lock);
     }
+    bool running = job->readers_running + job->copiers_running > 0;
+    sllm_error failure = job->failure; /* of a stall ours, or one that came just before */
+    pthread_mutex_unlock(&job->lock);
     sllm_status status = (sllm_status)failure.status;
     if (status != SLLM_OK) {
         sllmi_fail(err, status, failure.os_errno, "%s", failure.message);
@@ -371,6 +419,9 @@ sllm_status sllm_job_wait(sllm_job *job, uint32_t timeout_ms, sllm_progress *pro
 sllm_status sllm_job_chunks_done(sllm_job *job, uint32_t first, uint32_t count, uint8_t *done_out,
                                  sllm_error *err)
 {
+    if (job != NULL && job->pid != getpid()) {
+        return sllmi_fail(err, SLLM_E_FORKED, 0, "sllm_job_chunks_done: not a job of this process");
+    }
     if (job == NULL || done_out == NULL || first > job->plan.chunk_count ||
         count > job->plan.chunk_count - first) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "chunks %u to %u are not all there", first,

@@ -16,11 +16,13 @@
 #define SLLMI_MAX_DEVICES 64u
 #define SLLMI_POLL_MS 100u /* how long a worker waits before it looks at `stop` again */
 
+#define SLLMI_STARTING UINT64_MAX /* instead of a chunk: the device is being opened */
+
 typedef struct sllmi_worker {
     sllm_job *job;
     pthread_t thread;
     uint32_t index;         /* of the reader, or of the device */
-    _Atomic uint64_t chunk; /* the one in hand, plus 1; 0: none */
+    _Atomic uint64_t chunk; /* the one that is read or copied, plus 1; 0: none */
 } sllmi_worker;
 
 struct sllm_job {

@@ -35,6 +35,9 @@ sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t 
                           "sllm_ring_create: %u slots of %llu bytes are no ring", count,
                           (unsigned long long)slot_bytes);
     }
+    if (device->pid != getpid()) {
+        return sllmi_fail(err, SLLM_E_FORKED, 0, "sllm_ring_create: not a device of this process");
+    }
     sllm_ring *ring = sllmi_sys.alloc(sizeof *ring);
     sllmi_slot *slots = ring == NULL ? NULL : sllmi_sys.alloc(count * sizeof *slots);
     if (slots == NULL) {
@@ -109,6 +112,11 @@ void sllmi_ring_wake(sllm_ring *ring)
     pthread_mutex_lock(&ring->lock);
     pthread_cond_broadcast(&ring->returned);
     pthread_mutex_unlock(&ring->lock);
+}
+
+bool sllmi_ring_is_ours(const sllm_ring *ring)
+{
+    return ring->pid == getpid();
 }
 
 uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring)

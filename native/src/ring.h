@@ -3,6 +3,7 @@
 #define SLLMI_RING_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "sllm.h"
@@ -21,6 +22,8 @@ void sllmi_ring_release(sllm_ring *ring, sllmi_slot *slot);
 /* Wake those who wait, so that they look at their stop flag. */
 void sllmi_ring_wake(sllm_ring *ring);
 
+/* Made by this process, not by one that forked it. */
+bool sllmi_ring_is_ours(const sllm_ring *ring);
 uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring);
 uint32_t sllmi_ring_slot_count(const sllm_ring *ring);
 

@@ -30,13 +30,16 @@ static void chunk_in_place(sllm_job *job, uint64_t index)
     moved(job);
 }
 
-static sllm_status read_chunk(sllm_job *job, const sllmi_chunk *chunk, char *target,
-                              sllm_error *err)
+static sllm_status read_chunk(sllmi_worker *worker, uint64_t index, char *target, sllm_error *err)
 {
+    sllm_job *job = worker->job;
+    const sllmi_chunk *chunk = &job->plan.chunks[index];
     sllmi_read_counts counts = {0};
+    worker->chunk = index + 1;
     sllm_status status =
         sllmi_source_read(&job->sources[chunk->file], chunk->offset, chunk->bytes, target,
                           (job->flags & SLLM_JOB_NO_CACHE) == 0, &counts, err);
+    worker->chunk = 0;
     job->bytes_disk += counts.disk;
     job->bytes_cache += counts.cache;
     moved(job);
@@ -44,8 +47,9 @@ static sllm_status read_chunk(sllm_job *job, const sllmi_chunk *chunk, char *tar
 }
 
 /* Read a chunk into a slot and hand it to every device that wants some of it. */
-static sllm_status stage_chunk(sllm_job *job, uint64_t index, sllm_error *err)
+static sllm_status stage_chunk(sllmi_worker *worker, uint64_t index, sllm_error *err)
 {
+    sllm_job *job = worker->job;
     const sllmi_chunk *chunk = &job->plan.chunks[index];
     uint64_t devices = sllmi_plan_devices(&job->plan, chunk);
     if (devices == 0) { /* all of it lies in a gap */
@@ -62,7 +66,7 @@ static sllm_status stage_chunk(sllm_job *job, uint64_t index, sllm_error *err)
     slot->chunk = index;
     slot->users = 1;
     sllm_status status =
-        read_chunk(job, chunk, slot->memory + chunk->offset % SLLM_PAGE_BYTES, err);
+        read_chunk(worker, index, slot->memory + chunk->offset % SLLM_PAGE_BYTES, err);
     if (status != SLLM_OK) {
         sllmi_ring_release(job->ring, slot);
         return status;
@@ -106,17 +110,15 @@ void *sllmi_reader_run(void *argument)
         const sllmi_chunk *chunk = &job->plan.chunks[index];
         sllm_error failure = {0};
         sllm_status status;
-        worker->chunk = index + 1;
         if (chunk->host) {
-            status = read_chunk(job, chunk, sllmi_plan_host_target(&job->plan, chunk), &failure);
+            status = read_chunk(worker, index, sllmi_plan_host_target(&job->plan, chunk), &failure);
             if (status == SLLM_OK) {
                 job->bytes_done += chunk->bytes;
                 chunk_in_place(job, index);
             }
         } else {
-            status = stage_chunk(job, index, &failure);
+            status = stage_chunk(worker, index, &failure);
         }
-        worker->chunk = 0;
         if (status != SLLM_OK) {
             sllmi_job_fail(job, &failure);
             break;
@@ -187,6 +189,8 @@ static sllm_status copy_all(struct copier *copier, sllmi_worker *worker, sllm_er
     sllm_job *job = copier->job;
     sllmi_queue *filled = &job->queues[copier->device];
     while (!job->stop) {
+        struct flight *oldest = &copier->flights[copier->head];
+        worker->chunk = copier->count == 0 ? 0 : oldest->slot->chunk + 1;
         /* Start what is ready; wait for the oldest copy only when nothing else is to be done. */
         sllmi_slot *slot = sllmi_queue_pop(filled, copier->count == 0 ? SLLMI_POLL_MS : 0);
         if (slot != NULL) {
@@ -196,8 +200,8 @@ static sllm_status copy_all(struct copier *copier, sllmi_worker *worker, sllm_er
                 return status;
             }
         } else if (copier->count > 0) {
-            sllm_status status = copier->ops->wait(
-                copier->queue, copier->flights[copier->head].fence, SLLMI_POLL_MS, err);
+            sllm_status status =
+                copier->ops->wait(copier->queue, oldest->fence, SLLMI_POLL_MS, err);
             if (status == SLLM_OK) {
                 land(copier, true);
             } else if (status != SLLM_E_BUSY) {
@@ -222,6 +226,7 @@ void *sllmi_copier_run(void *argument)
     sllm_error failure = {0};
     name_thread("copy", worker->index);
     sllm_status status = SLLM_OK;
+    worker->chunk = SLLMI_STARTING;
     copier.flights = sllmi_sys.alloc(copier.capacity * sizeof *copier.flights);
     if (copier.flights == NULL) {
         status = sllmi_fail(&failure, SLLM_E_NOMEM, 0, "out of memory for the copies of a ring");
