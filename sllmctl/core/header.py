@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, repeat
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def parse_header(
             for name, info in document.items()
             for dtype, shape, begin, end in (_parse_entry(name, info, data_bytes, file),)
         ]
-        placed.sort()
+        placed.sort(key=itemgetter(0, 1))
         position = 0
         for begin, end, entry in placed:
             if begin != position:

@@ -98,7 +98,8 @@ def format_manifest(manifest: Manifest) -> bytes:
         "files": [asdict(file) for file in manifest.files],
     }
     document[_SELF_DIGEST] = _document_digest(document)
-    return (json.dumps(document, indent=2) + "\n").encode()
+    # Unescaped: the case of an escape's digits would be a bit that no digest sees.
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_manifest(directory: Path) -> Manifest | None:

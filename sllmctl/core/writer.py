@@ -20,7 +20,7 @@ from sllmctl.core.progress import ProgressFn
 from sllmctl.core.workers import Task, run_tasks
 from sllmctl.errors import CheckpointError
 
-THREADS = 3
+THREADS = 4
 
 
 class ByteSource(Protocol):
