@@ -111,14 +111,21 @@ uint64_t sllm_memory_bytes(const sllm_memory *memory);
 int sllm_memory_writable(const sllm_memory *memory);
 
 /**
- * Bring the pages of a view into this process' page table, so that later reads do not fault.
- * @return SLLM_OK, or SLLM_E_UNSUPPORTED where the kernel has no such call (before 5.14).
+ * Map a private, copy-on-write view of a descriptor over a part of memory that was created.
  *
- * Threads: any, on disjoint ranges in parallel. Blocks: while pages are mapped (about 20 us a MB
- * in 4 KiB pages), or read from disk where they are not resident.
+ * It is how bytes that are in a segment already become part of a shard's memory.
+ *
+ * @param memory       From sllm_memory_create(), with a file_offset of 0.
+ * @param offset       Where in the memory, a multiple of the page size.
+ * @param fd           An open, readable descriptor, such as sllm_segment_reader() gives; not kept.
+ * @param fd_offset    Where in the descriptor, a multiple of the page size.
+ * @param bytes        Length; past the memory's end only to the end of its last page.
+ * @return SLLM_OK, SLLM_E_INVALID, or SLLM_E_NOMEM: nothing may look into the memory any more.
+ *
+ * Threads: any, on disjoint ranges. Blocks: no.
  */
-sllm_status sllm_memory_populate(const sllm_memory *memory, uint64_t offset, uint64_t bytes,
-                                 sllm_error *err);
+sllm_status sllm_memory_place(sllm_memory *memory, uint64_t offset, int fd, uint64_t fd_offset,
+                              uint64_t bytes, sllm_error *err);
 
 /** Give the memory back. NULL is fine. Nothing may look into it any more. */
 void sllm_memory_destroy(sllm_memory *memory);
@@ -141,6 +148,63 @@ typedef struct sllm_file_facts {
  */
 sllm_status sllm_file_probe(int fd, const char *path, uint64_t file_offset, uint64_t bytes,
                             sllm_file_facts *facts_out, sllm_error *err);
+
+/* ---- segments: the store's memory --------------------------------------------------------- */
+
+typedef struct sllm_segment sllm_segment;
+
+#define SLLM_SEGMENT_RECYCLABLE 1u /* sllm_segment_held() can tell: it may be filled anew */
+#define SLLM_SEGMENT_LOCKED 2u     /* its pages are locked in memory */
+
+/**
+ * Create a memory file that only its creator can write.
+ *
+ * It is sealed against writing by anybody else, shrinking, growing and hole punching, and its
+ * descriptors are readable by its owner alone.
+ *
+ * @param bytes         Size, a multiple of 2 MiB.
+ * @param segment_out   Receives the segment. The caller ends it with sllm_segment_destroy().
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, or SLLM_E_UNSUPPORTED: the kernel cannot seal
+ *         (before 5.1).
+ *
+ * Threads: any. Blocks: no; pages are supplied when they are first written.
+ */
+sllm_status sllm_segment_create(uint64_t bytes, sllm_segment **segment_out, sllm_error *err);
+
+/** Where the creator writes. Valid until sllm_segment_destroy(). */
+void *sllm_segment_address(const sllm_segment *segment);
+
+/** SLLM_SEGMENT_* of what the system granted. */
+uint32_t sllm_segment_flags(const sllm_segment *segment);
+
+/**
+ * Supply the pages of a range, and lock them where the process may.
+ * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_NOMEM (the machine has no memory left).
+ *
+ * Threads: any, on disjoint ranges in parallel. Blocks: while the kernel clears pages.
+ */
+sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64_t bytes,
+                                  sllm_error *err);
+
+/**
+ * Open a new read-only descriptor, to be handed to another process and then closed by the caller.
+ * @param fd_out  Receives the descriptor.
+ * @return SLLM_OK or SLLM_E_IO.
+ *
+ * Threads: any. Blocks: no.
+ */
+sllm_status sllm_segment_reader(const sllm_segment *segment, int *fd_out, sllm_error *err);
+
+/**
+ * Ask the kernel whether anybody but the creator holds a descriptor or a mapping of the segment.
+ * @return 1 or 0; always 1 without SLLM_SEGMENT_RECYCLABLE.
+ *
+ * Threads: any. Blocks: no (2 us).
+ */
+int sllm_segment_held(const sllm_segment *segment);
+
+/** Unmap and close. NULL is fine. The memory ends when nobody holds it any more. */
+void sllm_segment_destroy(sllm_segment *segment);
 
 /* ---- devices and staging ----------------------------------------------------------------- */
 

@@ -14,10 +14,6 @@
 #include "error.h"
 #include "os.h"
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22 /* Linux 5.14 */
-#endif
-
 /* Huge pages above this are not worth their rounding: aarch64 kernels with 64 KiB pages have huge
  * pages of 512 MiB. */
 #define HUGE_PAGE_MAX_BYTES (32u << 20)
@@ -206,21 +202,25 @@ int sllm_memory_writable(const sllm_memory *memory)
     return memory != NULL && memory->writable;
 }
 
-sllm_status sllm_memory_populate(const sllm_memory *memory, uint64_t offset, uint64_t bytes,
-                                 sllm_error *err)
+sllm_status sllm_memory_place(sllm_memory *memory, uint64_t offset, int fd, uint64_t fd_offset,
+                              uint64_t bytes, sllm_error *err)
 {
-    if (memory == NULL || offset > memory->bytes || bytes > memory->bytes - offset) {
-        return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_memory_populate: range outside the memory");
-    }
     uint64_t page = page_bytes();
-    char *start = memory->address + offset;
-    char *aligned = (char *)sllmi_align_down((uintptr_t)start, page);
-    size_t span = sllmi_align_up((uint64_t)(start + bytes - aligned), page);
-    if (bytes > 0 && sllmi_sys.madvise(aligned, span, MADV_POPULATE_READ) != 0) {
+    uint64_t room = memory == NULL ? 0 : sllmi_align_up(memory->bytes, page);
+    if (memory == NULL || memory->address != memory->mapping || bytes == 0 || offset > room ||
+        bytes > room - offset || offset % page != 0 || fd_offset % page != 0) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0,
+                          "sllm_memory_place: %llu bytes at %llu are no part of the memory",
+                          (unsigned long long)bytes, (unsigned long long)offset);
+    }
+    int flags = MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED;
+    int protection = PROT_READ | (memory->writable ? PROT_WRITE : 0);
+    void *placed =
+        sllmi_sys.mmap(memory->mapping + offset, bytes, protection, flags, fd, (off_t)fd_offset);
+    if (placed == MAP_FAILED) {
         int os_errno = errno;
-        return sllmi_fail(err, os_errno == EINVAL ? SLLM_E_UNSUPPORTED : SLLM_E_IO, os_errno,
-                          "cannot populate %llu bytes: %s", (unsigned long long)bytes,
-                          strerror(os_errno));
+        return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot map %llu bytes of a segment: %s",
+                          (unsigned long long)bytes, strerror(os_errno));
     }
     return SLLM_OK;
 }

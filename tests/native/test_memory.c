@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -277,57 +276,43 @@ TEST(a_file_that_cannot_be_mapped_is_named)
     file_end(&file);
 }
 
-/* Not instrumented: a sanitizer's own records fault. */
-__attribute__((no_sanitize_address, no_sanitize_thread)) static uint64_t
-faults_of_touching(const char *address, uint64_t bytes)
+TEST(placed_segments_and_fresh_pages_make_one_memory)
 {
-    struct rusage start, end;
-    CHECK(getrusage(RUSAGE_THREAD, &start) == 0);
-    for (uint64_t i = 0; i < bytes; i += PAGE) {
-        (void)*(const volatile char *)(address + i);
-    }
-    CHECK(getrusage(RUSAGE_THREAD, &end) == 0);
-    return (uint64_t)(end.ru_minflt - start.ru_minflt);
+    sllm_segment *segment;
+    sllm_error err;
+    CHECK_OK(sllm_segment_create(2 * MIB, &segment, &err), &err);
+    memset(sllm_segment_address(segment), 7, 2 * MIB);
+    int reader;
+    CHECK_OK(sllm_segment_reader(segment, &reader, &err), &err);
+    sllm_memory *memory = create(6 * MIB - 100, 0);
+    char *address = sllm_memory_address(memory);
+    CHECK_OK(sllm_memory_place(memory, 2 * MIB, reader, 0, 2 * MIB, &err), &err);
+    close(reader);
+    CHECK(address[0] == 0 && address[2 * MIB - 1] == 0 && address[4 * MIB] == 0);
+    CHECK(address[2 * MIB] == 7 && address[4 * MIB - 1] == 7);
+    address[2 * MIB] = 9; /* a copy of the page: the segment keeps its own */
+    CHECK(*(char *)sllm_segment_address(segment) == 7);
+    CHECK_U64(sllm_segment_held(segment), 1);
+    sllm_memory_destroy(memory);
+    CHECK_U64(sllm_segment_held(segment), !(sllm_segment_flags(segment) & 1));
+    sllm_segment_destroy(segment);
 }
 
-TEST(a_populated_view_does_not_fault)
+TEST(what_is_no_part_of_the_memory_is_not_placed)
 {
-    test_file file = file_make("populate", 8 * MIB, 9);
-    sllm_memory *memory;
+    test_file file = file_make("place", 3 * MIB, 9);
+    sllm_memory *memory = create(MIB, 0), *askew = create(MIB, 8);
     sllm_error err;
-    CHECK_OK(sllm_memory_map(file.fd, file.path, 100, 7 * MIB, &memory, &err), &err);
-    sllm_status status = sllm_memory_populate(memory, 0, 3 * MIB + 5, &err);
-    if (status == SLLM_E_UNSUPPORTED) {
-        sllm_memory_destroy(memory);
-        file_end(&file);
-        check_skip("%s", err.message);
-    }
-    CHECK_OK(status, &err);
-    CHECK_OK(sllm_memory_populate(memory, 3 * MIB + 5, 4 * MIB - 5, &err), &err);
-    CHECK_OK(sllm_memory_populate(memory, 7 * MIB, 0, &err), &err);
-    CHECK(faults_of_touching(sllm_memory_address(memory), 7 * MIB) <= 2);
-    file_check(file.seed, 100, sllm_memory_address(memory), 7 * MIB);
+    CHECK_STATUS(sllm_memory_place(NULL, 0, file.fd, 0, PAGE, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(askew, 0, file.fd, 0, PAGE, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, 1, file.fd, 0, PAGE, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, 0, file.fd, 1, PAGE, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, 0, file.fd, 0, 2 * MIB, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, PAGE, file.fd, 0, MIB, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, 2 * MIB, file.fd, 0, 1, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_memory_place(memory, 0, -1, 0, PAGE, &err), &err, SLLM_E_NOMEM);
+    CHECK_U64(err.os_errno, EBADF);
     sllm_memory_destroy(memory);
-    file_end(&file);
-}
-
-TEST(populating_says_what_is_wrong)
-{
-    test_file file = file_make("unpopulated", 50000, 10);
-    sllm_memory *memory = map(&file, 0, 50000);
-    sllm_error err;
-    CHECK_STATUS(sllm_memory_populate(NULL, 0, 1, &err), &err, SLLM_E_INVALID);
-    CHECK_STATUS(sllm_memory_populate(memory, 50001, 0, &err), &err, SLLM_E_INVALID);
-    CHECK_STATUS(sllm_memory_populate(memory, 1, 50000, &err), &err, SLLM_E_INVALID);
-    CHECK_STATUS(sllm_memory_populate(memory, 1, UINT64_MAX, &err), &err, SLLM_E_INVALID);
-    system_start();
-    system_fail(SYSTEM_MADVISE, 1, 1, EINVAL);
-    system_resident(NULL);
-    CHECK_STATUS(sllm_memory_populate(memory, 0, 5000, &err), &err, SLLM_E_UNSUPPORTED);
-    system_fail(SYSTEM_MADVISE, 2, 2, EFAULT);
-    CHECK_STATUS(sllm_memory_populate(memory, 0, 5000, &err), &err, SLLM_E_IO);
-    CHECK_U64(err.os_errno, EFAULT);
-    system_end();
-    sllm_memory_destroy(memory);
+    sllm_memory_destroy(askew);
     file_end(&file);
 }
