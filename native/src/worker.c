@@ -1,5 +1,6 @@
 /* The threads of a job: readers take chunks in file order, one copier a device empties slots. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -229,7 +230,8 @@ void *sllmi_copier_run(void *argument)
     worker->chunk = SLLMI_STARTING;
     copier.flights = sllmi_sys.alloc(copier.capacity * sizeof *copier.flights);
     if (copier.flights == NULL) {
-        status = sllmi_fail(&failure, SLLM_E_NOMEM, 0, "out of memory for the copies of a ring");
+        status = sllmi_fail(&failure, SLLM_E_NOMEM, ENOMEM, "out of memory for copies to %s:%d",
+                            device->ops->name, device->ordinal);
     }
     if (status == SLLM_OK) {
         status = device->ops->bind_thread(device->dev, &failure);

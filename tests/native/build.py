@@ -1,4 +1,4 @@
-"""Build the C test programs with the native library's sources, plain and under the sanitizers."""
+"""Build and run C test programs with the native library's sources, plain and with sanitizers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "native-tests"
@@ -20,17 +22,18 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wno-sign-conversion", "-Werror"),
     *(f"-I{ROOT / folder}" for folder in INCLUDES),
 ]
+_SANITIZED = ["-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 MODES = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-    + ["-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+    "asan": [*_SANITIZED, "-fsanitize=address,undefined"],
+    "tsan": [*_SANITIZED, "-fsanitize=thread"],
 }
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "second_deadlock_stack=1:history_size=4",
 }
+TIMEOUT_S = 600
 
 
 def compiler() -> str:
@@ -105,3 +108,26 @@ def launcher(mode: str) -> list[str] | str:
         if done.returncode == 0:
             return front
     return f"the sanitizer's runtime does not start: {done.stderr.strip()[:200]}"
+
+
+def run_program(source: Path, mode: str, directory: Path) -> None:
+    """Build and run a program with its files below a directory.
+
+    Raises:
+        AssertionError: A test in it failed, or a sanitizer had something to say.
+    """
+    front = launcher(mode)
+    if isinstance(front, str):
+        pytest.skip(front)
+    program = build_programs(mode, sorted(source.parent.glob("test_*.c")))[source.stem]
+    done = subprocess.run(
+        [*front, str(program), str(directory)],
+        env={**os.environ, **SANITIZER_OPTIONS},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "ok " in done.stdout

@@ -1,0 +1,19 @@
+"""The n-th call fails, for every n until the load succeeds; plain and under the sanitizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.native.build import MODES, run_program
+
+PROGRAMS = sorted(Path(__file__).parent.glob("test_*.c"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem.removeprefix("test_"))
+@pytest.mark.parametrize("mode", MODES)
+def test_a_load_survives_or_explains_every_failure(
+    program: Path, mode: str, tmp_path: Path
+) -> None:
+    run_program(program, mode, tmp_path)
