@@ -62,7 +62,8 @@ def load_model(
         hf_model_class: An Auto class or a concrete one, or the name of either in ``transformers``.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         attn_implementation: transformers' name of an attention kernel.
-        model_kwargs: Settings that override the checkpoint's configuration.
+        model_kwargs: Settings that override the checkpoint's configuration. ``dtype`` is another
+            name of ``torch_dtype``.
 
     Returns:
         The ``PreTrainedModel``, in evaluation mode.
@@ -74,7 +75,7 @@ def load_model(
         DeviceUnavailable: ``device_map`` asks for an accelerator.
     """
     # Also before the thread starts: two threads that import torch at once can see half of it.
-    dtype = parse_dtype(torch_dtype)
+    dtype = parse_dtype(model_kwargs.pop("dtype", torch_dtype))
     device = _device_of(device_map)
     path = resolve_model(model_path, storage_path)
     prepare = functools.partial(

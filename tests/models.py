@@ -153,6 +153,31 @@ def _bart(ids: dict[str, Any]) -> Any:
     return BartForConditionalGeneration(config)
 
 
+def _llava(ids: dict[str, Any]) -> Any:
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**_decoder(ids)),
+        image_token_index=511,
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
 def _bert(ids: dict[str, Any]) -> Any:
     from transformers import BertConfig, BertModel
 
@@ -176,12 +201,14 @@ _MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "qwen3-moe": _qwen3_moe,
     "t5": _t5,
     "bart": _bart,
+    "llava": _llava,
     "bert": _bert,
 }
 
 AUTO_CLASS = {
     "t5": "AutoModelForSeq2SeqLM",
     "bart": "AutoModelForSeq2SeqLM",
+    "llava": "AutoModelForImageTextToText",
     "bert": "AutoModel",
     "minilm": "AutoModel",
 }

@@ -67,7 +67,6 @@ def make_skeleton(
         CheckpointNotFound: There is no ``config.json``.
         ConfigError: transformers cannot make such a model of this configuration.
     """
-    import torch
     import transformers
 
     if not (path / "config.json").is_file():
@@ -88,11 +87,7 @@ def make_skeleton(
         architectures = config.architectures
         model_class = asked
         if not issubclass(asked, transformers.PreTrainedModel):
-            # An Auto class tells its choice by making one: milliseconds on the meta device.
-            with torch.device("meta"):
-                model_class = type(
-                    asked.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-                )
+            model_class, config = _choose_class(asked, config, trust_remote_code)
     except Exception as exc:  # whatever a foreign configuration does to the class that reads it
         reason = str(exc).strip().partition("\n")[0]
         raise ConfigError(
@@ -218,6 +213,22 @@ def _find_class(name: str | type[Any]) -> type[Any]:
             hint="use AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel or a class it defines",
         )
     return found
+
+
+def _choose_class(asked: Any, config: Any, trust_remote_code: bool) -> tuple[type[Any], Any]:
+    """The class that an Auto class chooses for a configuration, and the configuration it wants."""
+    import torch
+
+    mapping = getattr(asked, "_model_mapping", None)
+    if mapping is not None and not hasattr(config, "auto_map") and not config.sub_configs:
+        found = mapping.get(type(config), None)
+        if isinstance(found, type):
+            return found, config
+    # In general an Auto class tells its choice only by making one, which takes a while even on the
+    # meta device. Of a composite configuration it may take the part that describes the text.
+    with torch.device("meta"):
+        made = asked.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return type(made), config if type(made.config) is type(config) else made.config
 
 
 def _dtype_keyword() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,27 +75,42 @@ def save_model(model: Any, model_path: str | os.PathLike[str]) -> Path:
 def _disk_tensors(model: Any) -> dict[str, torch.Tensor] | None:
     """The model's tensors by the names of its checkpoint, or None where only it can tell them.
 
-    transformers 5.x fuses weights while it loads (the experts of a layer become one parameter) and
-    has a function that takes a whole state dict back. In 4.x, and for quantized, sharded or
-    offloaded models, that is buried in `save_pretrained`; they are written twice.
+    What quantized, sharded and offloaded models write is buried in `save_pretrained`, as are the
+    other names that some classes of transformers 4.x give; such a model is written twice.
     """
     import torch
+    import transformers
 
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return None
     state = model.state_dict()
     plain = all(type(value) is torch.Tensor and not value.is_meta for value in state.values())
     if not plain or getattr(model, "hf_quantizer", None) is not None:
         return None
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    return dict(revert_weight_conversion(model, _untied(state, model.all_tied_weights_keys)))
+    state = _untied(state, _declared_ties(model, state))
+    try:
+        # 5.x fuses weights while it loads: the experts of a layer become one parameter.
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        rename = "_fix_state_dict_keys_on_save"
+        renames = getattr(type(model), rename) is not getattr(transformers.PreTrainedModel, rename)
+        return None if renames or getattr(model, "_checkpoint_conversion_mapping", None) else state
+    return dict(revert_weight_conversion(model, state))
 
 
-def _untied(state: dict[str, torch.Tensor], declared: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Drop the names that the configuration ties to others: loaders neither need nor expect them.
+def _declared_ties(model: Any, state: Iterable[str]) -> set[str]:
+    """Names that the model's class and configuration tie to another."""
+    if hasattr(model, "all_tied_weights_keys"):
+        return set(model.all_tied_weights_keys)
+    # transformers 4.x: patterns, which count where the configuration says so.
+    if not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        return set()
+    patterns = model._tied_weights_keys or ()
+    return {name for name in state if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _untied(state: dict[str, torch.Tensor], declared: set[str]) -> dict[str, torch.Tensor]:
+    """Drop the names that are tied to others: loaders neither need nor expect them.
 
     What is shared without the configuration saying so is copied, since it would be missing after
     a load.

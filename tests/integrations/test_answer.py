@@ -16,7 +16,7 @@ from sllmctl.errors import ConfigError
 from sllmctl.integrations.generate import Embedded, Generated, answer
 from tests.models import AUTO_CLASS
 
-GENERATIVE = ["qwen3", "qwen3-tied", "llama", "opt", "qwen3-moe", "t5", "bart"]
+GENERATIVE = ["qwen3", "qwen3-tied", "llama", "opt", "qwen3-moe", "t5", "bart", "llava"]
 
 
 def answered(path: Path, prompt: str = "Hello, my name", count: int = 8) -> Generated | Embedded:

@@ -161,7 +161,9 @@ def test_an_offloaded_model_is_saved_whole(original: Any, tmp_path: Path) -> Non
         ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu"
     )
     path = original("qwen3")
-    model = auto("qwen3").from_pretrained(path, device_map=places, offload_folder=tmp_path / "off")
+    model = auto("qwen3").from_pretrained(
+        path, device_map=places, offload_folder=tmp_path / "off", torch_dtype=torch.bfloat16
+    )
     with pytest.warns(UserWarning, match="offloaded"):
         save_model(model, tmp_path / "saved")
     saved = sllmctl.load_tensors(tmp_path / "saved", verify=True)
