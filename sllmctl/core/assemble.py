@@ -137,9 +137,10 @@ def assemble(
             )
             shards = [digests[layout.name] for layout in layouts]
             write_s = time.perf_counter() - started
+            verify_s = 0.0
             if recipe.verify:
                 read_back(target.directory, shards, progress)
-            verify_s = time.perf_counter() - started - write_s
+                verify_s = time.perf_counter() - started - write_s
             # What our own reader refuses must never take the place of a checkpoint.
             open_checkpoint(target.directory)
             manifest = _manifest(recipe, layouts, shards, others)
