@@ -7,7 +7,7 @@ Handles end when the last reference goes; what a failing call says becomes an ex
 from __future__ import annotations
 
 import os
-import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -238,7 +238,7 @@ class Job:
         NativeError: An extent is impossible; `ReadError` where its file is too short.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_keep")
+    __slots__ = ("__weakref__", "_end", "_handle")
 
     def __init__(
         self,
@@ -263,13 +263,13 @@ class Job:
         options.threads = threads
         options.flags = 0 if direct else lib.SLLM_JOB_NO_DIRECT
         out, error = ffi.new("sllm_job **"), ffi.new("sllm_error *")
-        self._handle: Any = None
-        self._keep = keep
         _check(
             lib.sllm_job_create(c_files, len(files), c_extents, len(extents), options, out, error),
             error,
         )
         self._handle = out[0]
+        # Also at exit, before the interpreter takes from under the threads what they write to.
+        self._end = weakref.finalize(self, _end_job, self._handle, keep)
         _check(lib.sllm_job_start(self._handle, error), error)
 
     def wait(self, timeout_ms: int | None = None) -> tuple[bool, Progress]:
@@ -310,12 +310,8 @@ class Job:
         A thread that sits in a read which does not return keeps the job and its memory: they
         stay until the process ends, for the thread may still write there.
         """
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            error = ffi.new("sllm_error *")
-            if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, error) != lib.SLLM_OK:
-                _stuck.append(self._keep)
-        self._keep = None
+        self._end()
+        self._handle = ffi.NULL
 
     def __enter__(self) -> Job:
         return self
@@ -323,9 +319,10 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if self._handle is not None and not sys.is_finalizing():
-            self.close()
+
+def _end_job(handle: Any, keep: object) -> None:
+    if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) != lib.SLLM_OK:
+        _stuck.append(keep)
 
 
 _stuck: list[object] = []
