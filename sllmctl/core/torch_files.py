@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -73,21 +74,18 @@ def _open_file(source: SourceFile) -> Weights:
     if mapped:
         _check_byte_order(source.path)
     try:
-        loaded: Any = torch.load(source.path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as exc:
-        raise CheckpointError(
-            f"`{source.path}` holds more than tensors, and reading it would run code of its own",
-            hint="find the model in safetensors, or save its state_dict alone",
-        ) from exc
-    except (
-        RuntimeError,
-        ValueError,
-        EOFError,
-        OSError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as exc:
+        with warnings.catch_warnings():
+            # torch remarks on old protocols and types; what it cannot read is an error anyway.
+            warnings.simplefilter("ignore")
+            loaded: Any = torch.load(
+                source.path, map_location="cpu", weights_only=True, mmap=mapped
+            )
+    except Exception as exc:  # whatever a damaged file does to torch's parsers
+        if isinstance(exc, pickle.UnpicklingError) and "GLOBAL" in str(exc):
+            raise CheckpointError(
+                f"`{source.path}` holds more than tensors: reading it would run code of its own",
+                hint="find the model in safetensors, or save its state_dict alone",
+            ) from exc
         reason = str(exc).strip().partition("\n")[0].partition(". ")[0]
         raise CheckpointError(f"`{source.path}` is not a readable torch file: {reason}") from exc
     tensors = _state_dict(loaded, source.path)
@@ -125,6 +123,8 @@ def _locate(
 
     Source: proc(5), ``/proc/pid/maps``.
     """
+    import torch
+
     status = source.path.stat()
     identity = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
     mappings: list[tuple[int, int, int]] = []
@@ -136,7 +136,7 @@ def _locate(
                 mappings.append((first, last, int(at, 16)))
     places: dict[int, tuple[ByteSource, int]] = {}
     for tensor in tensors.values():
-        if not hasattr(tensor, "untyped_storage"):
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             continue
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
