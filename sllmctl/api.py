@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import resolve_model
@@ -15,7 +16,9 @@ from sllmctl.core.layout import DEFAULT_SHARD_BYTES
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.progress import ProgressFn
-from sllmctl.errors import ConfigError
+from sllmctl.errors import ConfigError, StoreError, StoreUnreachable
+from sllmctl.store.client import StoreClient
+from sllmctl.store.load import load_through_store
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from sllmctl.core.convert import ConvertResult
 
 Model = str | os.PathLike[str]
+StoreUse = Literal["auto", "require", "off"]
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -30,6 +35,9 @@ def load(
     device: object = "cpu",
     *,
     storage_path: Model | None = None,
+    store: StoreUse = "auto",
+    socket: Path | None = None,
+    label: str | None = None,
     options: LoadOptions | None = None,
     progress: ProgressFn | None = None,
 ) -> Loaded:
@@ -39,23 +47,54 @@ def load(
         model: A path, or a name below the storage path.
         device: Where to; ``cpu``.
         storage_path: Where names are looked up; see ``core.config.storage_path``.
+        store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
+        socket: The store's, instead of the usual ones.
+        label: How the store shows the model; as ``model`` says when not given.
         options: How to load; from the environment when not given.
         progress: Called with stage ``read``.
 
     Raises:
         CheckpointNotFound, CheckpointError: No checkpoint is there, or it is damaged.
+        StoreUnreachable: A store is required, and none answers.
         SllmError: As ``core.load.load`` raises them.
     """
     import torch  # noqa: F401 - its import takes seconds, and is no part of the load
 
     require_cpu(device)
+    options = options or LoadOptions.choose()
     started = time.perf_counter()
-    checkpoint = open_checkpoint(resolve_model(model, storage_path))
+    path = resolve_model(model, storage_path)
+    checkpoint = open_checkpoint(path)
+    client = _connect(store, socket)
     opened_s = time.perf_counter() - started
-    loaded = load_checkpoint(checkpoint, options or LoadOptions.choose(), progress=progress)
+    loaded = None
+    if client is not None:
+        label = label or (model if isinstance(model, str) else str(path))
+        try:
+            loaded = load_through_store(checkpoint, options, client, label=label, progress=progress)
+        except StoreError as exc:
+            client.close()
+            if store == "require":
+                raise
+            log.warning("the store cannot serve this load (%s); it goes to disk", exc)
+    if loaded is None:
+        loaded = load_checkpoint(checkpoint, options, progress=progress)
     loaded.stats.open_s += opened_s
     loaded.stats.elapsed_s += opened_s
     return loaded
+
+
+def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
+    if store == "off":
+        return None
+    try:
+        return StoreClient(socket)
+    except StoreError as exc:
+        if store == "require":
+            raise
+        level = logging.DEBUG if isinstance(exc, StoreUnreachable) else logging.WARNING
+        log.log(level, "no store is used: %s", exc)
+        return None
 
 
 def load_tensors(
@@ -63,6 +102,7 @@ def load_tensors(
     device: object = "cpu",
     *,
     storage_path: Model | None = None,
+    store: StoreUse = "auto",
     verify: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Load every tensor of a checkpoint, by name.
@@ -74,13 +114,14 @@ def load_tensors(
         model: A path, or a name below the storage path.
         device: Where to; ``cpu``.
         storage_path: Where names are looked up.
+        store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
         verify: Compare every byte with the digests that `convert` took.
 
     Raises:
         SllmError: As `load` raises them.
     """
     options = LoadOptions.choose(verify=verify)
-    return load(model, device, storage_path=storage_path, options=options).tensors
+    return load(model, device, storage_path=storage_path, store=store, options=options).tensors
 
 
 def stream_tensors(

@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from sllmctl import __version__
-from sllmctl.commands import convert, load, ls, verify
+from sllmctl.commands import convert, doctor, load, ls, serve, store, verify
 from sllmctl.console import Console
 from sllmctl.errors import SllmError
 
@@ -79,7 +79,18 @@ def _ending(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-for _command in (convert.convert, load.load, verify.verify, ls.ls):
+_COMMANDS = (
+    convert.convert,
+    serve.serve,
+    load.load,
+    store.status,
+    store.warm,
+    store.evict,
+    verify.verify,
+    ls.ls,
+    doctor.doctor,
+)
+for _command in _COMMANDS:
     app.command()(_ending(_command))
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import statistics
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
 
 from sllmctl import api
 from sllmctl.commands.options import AsJson, ChunkSize, Quiet, StoragePath, Threads
+from sllmctl.commands.options import Socket as SocketPath
 from sllmctl.console import Console, Format
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
 from sllmctl.core.load import LoadOptions, LoadStats
 from sllmctl.core.units import format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError
+
+
+class Store(str, Enum):
+    """Whether a load goes through the store."""
+
+    AUTO = "auto"
+    REQUIRE = "require"
+    OFF = "off"
+
 
 _STAGES = ("open", "plan", "read", "copy", "build")
 
@@ -46,6 +57,10 @@ def load(
     repeat: Annotated[
         int, typer.Option("--repeat", min=1, help="Load so many times, and report the median.")
     ] = 1,
+    store: Annotated[
+        Store, typer.Option("--store", help="Use a store that answers, no other way, or none.")
+    ] = Store.AUTO,
+    socket: SocketPath = None,
     threads: Threads = None,
     chunk_size: ChunkSize = None,
     storage_path: StoragePath = None,
@@ -71,7 +86,15 @@ def load(
     runs: list[LoadStats] = []
     with console.progress() as progress:
         for _ in range(repeat):
-            loaded = api.load(path, spec, options=options, progress=progress)
+            loaded = api.load(
+                path,
+                spec,
+                store=store.value,
+                socket=socket,
+                label=model,
+                options=options,
+                progress=progress,
+            )
             runs.append(loaded.stats)
             if prompt is None:
                 loaded.tensors.clear()
@@ -109,12 +132,16 @@ def _document(model: str, device: str, stats: LoadStats) -> dict[str, Any]:
         "bytes_from": {
             "disk": stats.disk_bytes,
             "page_cache": stats.page_cache_bytes,
-            "store": 0,
+            "store": stats.store_bytes,
         },
         "mapped_bytes": stats.mapped_bytes,
         "gb_per_s": stats.bytes / stats.elapsed_s / 1e9 if stats.elapsed_s else 0.0,
         "verified": stats.verified,
     }
+
+
+def _copied_from_cache(stats: LoadStats) -> int:
+    return stats.page_cache_bytes - (stats.mapped_bytes - stats.store_bytes)
 
 
 def _lines(
@@ -137,8 +164,9 @@ def _lines(
         f"{format_size(nbytes)} {source}"
         for source, nbytes in (
             ("from disk", stats.disk_bytes),
-            ("copied from the page cache", stats.page_cache_bytes - stats.mapped_bytes),
-            ("mapped from the page cache, nothing copied", stats.mapped_bytes),
+            ("copied from the page cache", _copied_from_cache(stats)),
+            ("mapped from the page cache, nothing copied", stats.mapped_bytes - stats.store_bytes),
+            ("mapped from the store, nothing copied", stats.store_bytes),
         )
         if nbytes
     ]

@@ -28,3 +28,12 @@ ChunkSize = Annotated[
         "--chunk-size", help="Largest read, such as 16MiB.", show_default=False, metavar="SIZE"
     ),
 ]
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        help="The store's socket. [default: $SLLMCTL_SOCKET, $XDG_RUNTIME_DIR/sllmctl/store.sock, "
+        "/run/sllmctl/store.sock]",
+        show_default=False,
+    ),
+]

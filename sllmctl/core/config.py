@@ -83,7 +83,9 @@ def _walk(directory: Path, storage: Path, depth: int) -> Iterator[tuple[str, Pat
         entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError:
         return
-    if any(entry.name == MANIFEST_NAME or entry.name.endswith(SUFFIX) for entry in entries):
+    names = [entry.name for entry in entries]
+    is_model = any(name == MANIFEST_NAME or name.endswith(SUFFIX) for name in names)
+    if is_model and directory != storage:
         yield str(directory.relative_to(storage)), directory
     elif depth > 0:
         for entry in entries:

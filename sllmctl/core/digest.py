@@ -22,7 +22,8 @@ class ShardCheck:
     """What one shard's bytes must be, and where a load puts them.
 
     Attributes:
-        memory: Receives the shard's data section.
+        memory: Receives the shard's bytes.
+        memory_offset: Where in the file the memory starts.
         fd: The open file, for its header.
         names: ``(offset in the file, name)`` of its tensors in file order, for messages.
     """
@@ -31,6 +32,7 @@ class ShardCheck:
     digest: ShardDigest
     chunk_bytes: int
     memory: Memory
+    memory_offset: int
     fd: int
     names: Sequence[tuple[int, str]]
 
@@ -54,7 +56,8 @@ class ShardCheck:
         if start < data:
             hasher.update(os.pread(self.fd, min(end, data) - start, start))
         if end > data:
-            hasher.update(memoryview(self.memory.buffer)[max(start, data) - data : end - data])
+            base = self.memory_offset
+            hasher.update(memoryview(self.memory.buffer)[max(start, data) - base : end - base])
         if hasher.digest() != self.digest.chunk_digest(index):
             raise ChecksumMismatch(
                 f"`{self.shard.path}` is damaged between bytes {start} and {end}"
@@ -70,9 +73,14 @@ class ShardCheck:
 
 
 def shard_checks(
-    checkpoint: Checkpoint, fds: Sequence[int], memories: Sequence[Memory]
+    checkpoint: Checkpoint, fds: Sequence[int], places: Sequence[tuple[Memory, int]]
 ) -> list[ShardCheck]:
     """Pair every shard with the digests of the manifest.
+
+    Args:
+        checkpoint: Whose manifest is asked.
+        fds: Of its shards.
+        places: Each shard's memory, and the file offset of the memory's first byte.
 
     Raises:
         CheckpointError: The checkpoint has no digests, or none for one of its shards.
@@ -100,7 +108,7 @@ def shard_checks(
                 shard,
                 digest,
                 checkpoint.manifest.chunk_bytes,
-                memories[index],
+                *places[index],
                 fds[index],
                 names[index],
             )

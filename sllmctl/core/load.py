@@ -85,6 +85,7 @@ class LoadStats:
     bytes: int = 0
     disk_bytes: int = 0
     page_cache_bytes: int = 0
+    store_bytes: int = 0
     mapped_bytes: int = 0
     open_s: float = 0.0
     plan_s: float = 0.0
@@ -126,14 +127,14 @@ def load(
         stamps = [stamp_of(fd) for fd in fds]
         stats.open_s = time.perf_counter() - started
         memories, to_read = _place(checkpoint.shards, fds, options, stats)
-        checks = shard_checks(checkpoint, fds, memories) if options.verify else []
-        stats.plan_s = time.perf_counter() - started - stats.open_s
-        _read(checkpoint.shards, fds, memories, to_read, checks, options, stats, progress)
-        built = time.perf_counter()
         places = [
             (memory, shard.data_offset)
             for memory, shard in zip(memories, checkpoint.shards, strict=True)
         ]
+        checks = shard_checks(checkpoint, fds, places) if options.verify else []
+        stats.plan_s = time.perf_counter() - started - stats.open_s
+        _read(checkpoint.shards, fds, memories, to_read, checks, options, stats, progress)
+        built = time.perf_counter()
         tensors = builder.build(checkpoint.tensors.values(), places)
         for alias, kept in checkpoint.aliases.items():
             tensors[alias] = tensors[kept]

@@ -1,0 +1,136 @@
+"""`sllmctl serve`: the store."""
+
+from __future__ import annotations
+
+import grp
+import os
+import socket as sockets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sllmctl.commands.options import Socket, StoragePath, Threads
+from sllmctl.core.config import find_models
+from sllmctl.core.config import storage_path as choose_storage_path
+from sllmctl.core.host import available_memory_bytes
+from sllmctl.core.units import format_size, parse_size
+from sllmctl.errors import ConfigError
+
+DEFAULT_FRACTION = 0.25
+
+
+def serve(
+    mem_pool_size: Annotated[
+        str | None,
+        typer.Option(
+            "--mem-pool-size",
+            envvar="SLLMCTL_MEM_POOL_SIZE",
+            metavar="SIZE",
+            help="Memory to keep checkpoints in: 4GB, 64GiB, or 50% of what is left. "
+            "[default: 25%]",
+            show_default=False,
+        ),
+    ] = None,
+    storage_path: StoragePath = None,
+    socket: Socket = None,
+    segment_size: Annotated[
+        str | None,
+        typer.Option(
+            "--segment-size",
+            metavar="SIZE",
+            help="Unit in which memory is given and taken. [default: 2MiB to 256MiB, by the pool]",
+            show_default=False,
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option("--group", help="Let this group's members use the store.", show_default=False),
+    ] = None,
+    preload: Annotated[
+        list[str] | None,
+        typer.Option("--preload", metavar="NAME", help="Warm this model at the start. Repeatable."),
+    ] = None,
+    io_threads: Threads = None,
+) -> None:
+    """Keep checkpoints warm in host memory, for every process on this machine.
+
+    Runs in the foreground until SIGTERM or Ctrl-C.
+
+    Examples:
+
+      sllmctl serve --mem-pool-size 4GB
+
+      sllmctl serve --mem-pool-size 50% --preload Qwen/Qwen3-8B
+    """
+    from sllmctl.store.daemon import Daemon, Settings
+    from sllmctl.store.pool import choose_segment_bytes
+    from sllmctl.store.protocol import server_socket
+
+    available = available_memory_bytes()
+    pool_bytes = _pool_bytes(mem_pool_size, available)
+    if pool_bytes > available:
+        raise ConfigError(
+            f"a pool of {format_size(pool_bytes)} is more than the {format_size(available)} that "
+            "this machine and its container have left",
+            hint="use a smaller --mem-pool-size, such as 50%",
+        )
+    settings = Settings(
+        storage=choose_storage_path(storage_path),
+        socket_path=server_socket(socket),
+        pool_bytes=pool_bytes,
+        segment_bytes=parse_size(segment_size)
+        if segment_size
+        else choose_segment_bytes(pool_bytes),
+        group=_group_id(group),
+        preload=preload or (),
+        threads=io_threads or 0,
+    )
+    daemon = Daemon(settings)
+
+    def ready() -> None:
+        pool = daemon.keeper.pool
+        names = [name for name, _ in find_models(settings.storage)]
+        chosen = "" if mem_pool_size else ", a quarter of what is left"
+        models = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        for line in (
+            f"socket   {settings.socket_path}",
+            f"pool     {format_size(pool.bytes)} in {pool.capacity} segments of "
+            f"{format_size(pool.segment_bytes)}{chosen}",
+            f"models   {len(names)} in {settings.storage}{': ' if names else ''}{models}",
+            "ready; Ctrl-C ends",
+        ):
+            print(line, flush=True)
+        _notify_systemd()
+
+    daemon.run(ready)
+
+
+def _pool_bytes(text: str | None, available: int) -> int:
+    if text is None:
+        return int(available * DEFAULT_FRACTION)
+    if text.strip().endswith("%"):
+        number = text.strip()[:-1]
+        if not number.replace(".", "", 1).isdigit() or not 0 < float(number) <= 100:
+            raise ConfigError(f"`{text}` is no part of the memory", hint="write it like 50%")
+        return int(available * float(number) / 100)
+    return parse_size(text)
+
+
+def _group_id(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as exc:
+        raise ConfigError(f"there is no group `{name}`") from exc
+
+
+def _notify_systemd() -> None:
+    """Say READY=1 to whoever started us. Source: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as sock:
+            path = "\0" + address[1:] if address.startswith("@") else str(Path(address))
+            sock.connect(path)
+            sock.sendall(b"READY=1")

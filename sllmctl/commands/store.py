@@ -1,0 +1,164 @@
+"""`sllmctl status`, `warm`, `evict`: looking into the store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sllmctl.commands.options import AsJson, Quiet, Socket
+from sllmctl.console import Console
+from sllmctl.core.units import format_rate, format_seconds, format_size
+from sllmctl.errors import ConfigError, StoreError
+from sllmctl.store.client import StoreClient
+
+_BAR_CELLS = 40
+
+
+def status(socket: Socket = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Show the store: its pool, its models and how warm they are, and who uses them.
+
+    Examples:
+
+      sllmctl status
+
+      sllmctl status --json
+    """
+    console = Console.choose(as_json=as_json, quiet=quiet)
+    with StoreClient(socket) as client:
+        answer = client.ask({"op": "status"})
+    answer.pop("event")
+    used = answer["pool"]["used_bytes"]
+    console.result(answer, quiet=used, human=_status_lines(console, answer))
+
+
+def warm(
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Names below the store's storage path.")
+    ],
+    pin: Annotated[bool, typer.Option("--pin", help="Keep them until they are evicted.")] = False,
+    socket: Socket = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring checkpoints into the store, so that their next load is warm.
+
+    Examples:
+
+      sllmctl warm Qwen/Qwen3-8B
+
+      sllmctl warm Qwen/Qwen3-8B --pin
+    """
+    console = Console.choose(as_json=as_json, quiet=quiet)
+    rows = [_warm_one(console, name, pin, socket) for name in models]
+    human = []
+    for row in rows:
+        rest = row["bytes"] - row["warm_bytes"]
+        human.append(
+            f"{row['name']}: {format_size(row['warm_bytes'])} warm"
+            + (f", {format_size(rest)} found no room" if rest else "")
+            + f", {format_size(row['read_bytes'])} read in {format_seconds(row['elapsed_s'])}"
+            + (f" - {format_rate(row['read_bytes'], row['elapsed_s'])}" * bool(row["read_bytes"]))
+        )
+    console.result(
+        {"schema": "sllmctl.warm/1", "models": rows},
+        quiet="\n".join(str(row["warm_bytes"]) for row in rows),
+        human=human,
+    )
+
+
+def _warm_one(console: Console, name: str, pin: bool, socket: Path | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    with StoreClient(socket) as client, console.progress() as progress:
+        attached = client.ask({"op": "warm", "name": name, "pin": pin})
+        before: int = attached["warm_bytes"]
+        while True:
+            message, _ = client.receive()
+            if message["event"] == "settled":
+                break
+            if progress is not None:
+                progress("read", message["warm_bytes"], attached["bytes"])
+        if message["reason"]:
+            raise StoreError(f"`{name}` could not be read: {message['reason']}")
+    return {
+        "name": name,
+        "bytes": attached["bytes"],
+        "warm_bytes": message["warm_bytes"],
+        "read_bytes": message["warm_bytes"] - before,
+        "elapsed_s": time.perf_counter() - started,
+    }
+
+
+def evict(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="As `status` shows them.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every model not in use.")] = False,
+    socket: Socket = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give the memory of checkpoints back to the pool. A model in use is refused.
+
+    Examples:
+
+      sllmctl evict Qwen/Qwen3-8B
+
+      sllmctl evict --all
+    """
+    console = Console.choose(as_json=as_json, quiet=quiet)
+    if bool(models) == everything:
+        raise ConfigError("say which models to evict", hint="name them, or give --all")
+    freed, kept = 0, []
+    names: list[str | None] = [*(models or ())] or [None]
+    with StoreClient(socket) as client:
+        for name in names:
+            answer = client.ask({"op": "evict", "name": name})
+            freed += answer["bytes"]
+            kept += answer["kept"]
+    for line in kept:
+        console.warn(line)
+    console.result(
+        {"schema": "sllmctl.evict/1", "bytes": freed, "kept": kept},
+        quiet=freed,
+        human=[f"{format_size(freed)} evicted"],
+    )
+
+
+def _status_lines(console: Console, answer: dict[str, Any]) -> list[str]:
+    pool = answer["pool"]
+    full = round(_BAR_CELLS * pool["used_bytes"] / pool["bytes"])
+    parts = [
+        f"{format_size(pool[f'{what}_bytes'])} {what}"
+        for what in ("leased", "pinned", "orphaned")
+        if pool[f"{what}_bytes"]
+    ]
+    pages = f"pages of {format_size(pool['page_bytes'])}, {'' if pool['locked'] else 'not '}locked"
+    lines = [
+        f"store     {answer['socket']}, pid {answer['pid']}, "
+        f"up {format_seconds(answer['uptime_s'])}",
+        f"pool      [{'#' * full}{'.' * (_BAR_CELLS - full)}] {format_size(pool['used_bytes'])} of "
+        f"{format_size(pool['bytes'])} used{', ' if parts else ''}{', '.join(parts)}",
+        f"memory    {format_size(pool['prefaulted_bytes'])} supplied beforehand, {pages}",
+        "",
+    ]
+    if not answer["models"]:
+        return [*lines, "no model is warm: `sllmctl warm NAME`, or the first load, brings one in"]
+    rows = [
+        [
+            model["name"] + (" (pinned)" if model["pinned"] else ""),
+            format_size(model["bytes"]),
+            f"{100 * model['warm_bytes'] / model['bytes']:.0f}%" if model["bytes"] else "100%",
+            model["state"],
+            str(model["leases"]),
+            f"{format_seconds(model['last_used_s'])} ago",
+        ]
+        for model in sorted(answer["models"], key=lambda model: model["last_used_s"])
+    ]
+    lines += console.table(["model", ">size", ">warm", "state", ">leases", ">last used"], rows)
+    for lease in answer["leases"]:
+        age = format_seconds(lease["age_s"])
+        lines.append(f"  pid {lease['pid']} has used {lease['model']} for {age}")
+    return lines

@@ -1,0 +1,142 @@
+"""Talking to a store: with deadlines, and closed for good after the first thing that goes wrong."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from sllmctl import __version__
+from sllmctl.errors import StoreError, StoreUnreachable
+from sllmctl.store.protocol import (
+    MAX_FDS,
+    VERSION,
+    Decoder,
+    Message,
+    client_sockets,
+    close_fds,
+    encode,
+    receive,
+)
+
+CONNECT_DEADLINE_S = 2.0
+ANSWER_DEADLINE_S = 60.0
+_SLICE_S = 0.2
+
+
+class StoreClient:
+    """A connection to a store, and the lease that lives as long as it.
+
+    Raises:
+        StoreUnreachable: Nobody answers at the socket.
+        StoreError: The store refuses.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._decoder = Decoder()
+        self._waiting: deque[tuple[Message, list[int]]] = deque()
+        self._sock = _connect(client_sockets(path))
+        self.hello = self.ask({"op": "hello", "version": VERSION, "sllmctl": __version__})
+        self.segment_bytes = int(self.hello["segment_bytes"])
+
+    def ask(self, message: Message) -> Message:
+        """Send a request, and wait for its answer.
+
+        Raises:
+            StoreError: The store refuses, or breaks the connection.
+        """
+        self.send(message)
+        answer, fds = self.receive()
+        close_fds(fds)
+        return answer
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a request. At most 250 descriptors.
+
+        Raises:
+            StoreUnreachable: The store is gone.
+        """
+        line = encode({**message, "fds": len(fds)} if fds else message)
+        try:
+            sent = socket.send_fds(self._sock, [line], fds) if fds else self._sock.send(line)
+            self._sock.sendall(line[sent:])
+        except OSError as exc:
+            self.close()
+            raise StoreUnreachable(f"the store is gone: {exc.strerror or exc}") from exc
+
+    def send_shards(self, names: Sequence[str], fds: Sequence[int]) -> None:
+        """Hand over open files, in as many messages as it takes."""
+        for start in range(0, len(fds), MAX_FDS):
+            batch = slice(start, start + MAX_FDS)
+            self.send({"op": "shards", "names": list(names[batch])}, fds[batch])
+
+    def receive(self, deadline_s: float = ANSWER_DEADLINE_S) -> tuple[Message, list[int]]:
+        """The next message, and its descriptors, which are the caller's.
+
+        Raises:
+            StoreError: The store refuses a request.
+            StoreUnreachable: It is gone, or says nothing for the deadline.
+        """
+        deadline = time.monotonic() + deadline_s
+        try:
+            while not self._waiting:
+                if time.monotonic() > deadline:
+                    raise StoreUnreachable(f"the store has said nothing for {deadline_s:.0f} s")
+                if select.select([self._sock], [], [], _SLICE_S)[0]:
+                    data, fds = receive(self._sock)
+                    if not data:
+                        raise StoreUnreachable("the store has closed the connection")
+                    self._waiting.extend(self._decoder.feed(data, fds))
+        except (OSError, ValueError) as exc:
+            self.close()
+            if isinstance(exc, StoreUnreachable):
+                raise
+            raise StoreUnreachable(f"the store is gone: {exc}") from exc
+        message, fds = self._waiting.popleft()
+        if message.get("event") == "error":
+            close_fds(fds)
+            hint = message.get("hint")
+            raise StoreError(str(message.get("message")), hint=str(hint) if hint else None)
+        return message, fds
+
+    def close(self) -> None:
+        """End the connection, and the lease with it."""
+        self._sock.close()
+        self._decoder.close()
+        for _, fds in self._waiting:
+            close_fds(fds)
+        self._waiting.clear()
+
+    def __del__(self) -> None:
+        # As a lease it is closed by whoever lets go of the last tensor.
+        if hasattr(self, "_sock"):
+            self.close()
+
+    def __enter__(self) -> StoreClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _connect(paths: Sequence[Path]) -> socket.socket:
+    reasons = []
+    for path in paths:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(CONNECT_DEADLINE_S)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError as exc:
+            sock.close()
+            reasons.append(f"`{path}`: {exc.strerror or exc}")
+            continue
+        sock.settimeout(ANSWER_DEADLINE_S)
+        return sock
+    raise StoreUnreachable(
+        f"no store answers at {', '.join(reasons)}",
+        hint="start one with `sllmctl serve`, or name its socket with SLLMCTL_SOCKET",
+    )

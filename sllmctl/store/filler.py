@@ -1,0 +1,88 @@
+"""Reading parts of shards into segments, and saying which are full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sllmctl.errors import SllmError
+from sllmctl.native import Extent, Job, Segment
+from sllmctl.store.residency import Identity, Piece
+
+CHUNK_BYTES = 16 * 2**20
+_POLL_MS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """Work for one filler.
+
+    Attributes:
+        files: Descriptor and label of each shard that is read; the filler closes them.
+        identity: What the descriptors must still be when all is read.
+        parts: Which part goes into which segment, and its bytes, in file order.
+        segment_bytes: Size of a whole segment.
+        threads: Reader threads; 0 for the library's choice.
+    """
+
+    files: Sequence[tuple[int, str]]
+    identity: Identity
+    parts: Sequence[tuple[Piece, Segment, int]]
+    segment_bytes: int
+    threads: int
+
+
+def identify(fds: Sequence[int]) -> Identity:
+    """What makes these files these and no others."""
+    stamps = [os.fstat(fd) for fd in fds]
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps)
+
+
+def fill(
+    work: Filling, full: Callable[[list[Piece]], None], stopped: Callable[[], bool]
+) -> str | None:
+    """Read every part; runs on a thread of its own.
+
+    Args:
+        work: What to read.
+        full: Called with parts whose segments hold all their bytes.
+        stopped: Asked a hundred times a second; true ends the work.
+
+    Returns:
+        None, or why some parts did not arrive.
+    """
+    chunk_bytes = min(CHUNK_BYTES, work.segment_bytes)
+    extents = [
+        Extent(shard, index * work.segment_bytes, nbytes, segment.address)
+        for (shard, index), segment, nbytes in work.parts
+    ]
+    chunks = [-(-nbytes // chunk_bytes) for _, _, nbytes in work.parts]
+    waiting = list(range(len(work.parts)))
+    starts = [sum(chunks[:number]) for number in waiting]
+    try:
+        with Job(
+            work.files, extents, keep=work.parts, chunk_bytes=chunk_bytes, threads=work.threads
+        ) as job:
+            finished = False
+            while not finished:
+                finished, _ = job.wait(_POLL_MS)
+                if stopped():
+                    return "the store is going down"
+                done = job.chunks_done(0, sum(chunks))
+                arrived = [
+                    number
+                    for number in waiting
+                    if all(done[starts[number] : starts[number] + chunks[number]])
+                ]
+                if finished and identify([fd for fd, _ in work.files]) != work.identity:
+                    return "the files changed while they were read"
+                if arrived:
+                    waiting = [number for number in waiting if number not in arrived]
+                    full([work.parts[number][0] for number in arrived])
+        return None
+    except (SllmError, OSError) as exc:
+        return str(exc)
+    finally:
+        for fd, _ in work.files:
+            os.close(fd)
