@@ -81,13 +81,14 @@ def load_model(
     prepare = functools.partial(
         make_skeleton, path, hf_model_class, trust_remote_code=trust_remote_code, **model_kwargs
     )
+    load = functools.partial(load_tensors, model_path, device, storage_path=storage_path)
     if fully_parallel:
         preparing = _in_background(prepare)
-        tensors = load_tensors(path, device)
+        tensors = load()
         skeleton = preparing.result()
     else:
         skeleton = prepare()
-        tensors = load_tensors(path, device)
+        tensors = load()
     return build_model(
         skeleton,
         tensors,

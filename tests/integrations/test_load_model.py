@@ -160,6 +160,16 @@ def test_settings_without_generation_config_come_from_the_configuration(
     assert mine.to_dict() == other.to_dict()
 
 
+def test_names_are_found_below_the_storage_path(
+    tmp_path: Path, original: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(original("qwen3"), tmp_path / "org" / "qwen3")
+    model = load_model("org/qwen3", storage_path=tmp_path)
+    assert model.name_or_path == str(tmp_path / "org" / "qwen3")
+    monkeypatch.setenv("SLLMCTL_STORAGE_PATH", str(tmp_path))
+    assert type(load_model("org/qwen3", fully_parallel=True)) is type(model)
+
+
 @pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}])
 def test_every_way_to_say_cpu_loads(device_map: Any, original: Any) -> None:
     model = load_model(original("qwen3"), device_map)
