@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sllmctl.api import load_tensors
+from sllmctl.api import StoreUse, load_tensors
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
 from sllmctl.errors import ConfigError
@@ -44,6 +44,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    store: StoreUse = "auto",
     **model_kwargs: Any,
 ) -> Any:
     """Load a model, bit for bit the one that ``from_pretrained`` of its directory makes.
@@ -62,6 +63,7 @@ def load_model(
         hf_model_class: An Auto class or a concrete one, or the name of either in ``transformers``.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
         attn_implementation: transformers' name of an attention kernel.
+        store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
         model_kwargs: Settings that override the checkpoint's configuration. ``dtype`` is another
             name of ``torch_dtype``.
 
@@ -73,6 +75,7 @@ def load_model(
         CheckpointError: It is damaged, or a weight is missing, unexpected or of another shape.
         ConfigError: transformers cannot make such a model, or an argument makes no sense.
         DeviceUnavailable: ``device_map`` asks for an accelerator.
+        StoreUnreachable: A store is required, and none answers.
     """
     # Also before the thread starts: two threads that import torch at once can see half of it.
     dtype = parse_dtype(model_kwargs.pop("dtype", torch_dtype))
@@ -81,7 +84,9 @@ def load_model(
     prepare = functools.partial(
         make_skeleton, path, hf_model_class, trust_remote_code=trust_remote_code, **model_kwargs
     )
-    load = functools.partial(load_tensors, model_path, device, storage_path=storage_path)
+    load = functools.partial(
+        load_tensors, model_path, device, storage_path=storage_path, store=store
+    )
     if fully_parallel:
         preparing = _in_background(prepare)
         tensors = load()

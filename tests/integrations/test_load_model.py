@@ -15,7 +15,12 @@ import transformers
 from safetensors.torch import load_file
 
 import sllmctl
-from sllmctl.errors import CheckpointNotFound, ConfigError, DeviceUnavailable
+from sllmctl.errors import (
+    CheckpointNotFound,
+    ConfigError,
+    DeviceUnavailable,
+    StoreUnreachable,
+)
 from sllmctl.integrations.hf_build import build_model, make_skeleton
 from sllmctl.transformers import load_model
 from tests.models import AUTO_CLASS, same_bits
@@ -168,6 +173,14 @@ def test_names_are_found_below_the_storage_path(
     assert model.name_or_path == str(tmp_path / "org" / "qwen3")
     monkeypatch.setenv("SLLMCTL_STORAGE_PATH", str(tmp_path))
     assert type(load_model("org/qwen3", fully_parallel=True)) is type(model)
+
+
+def test_a_required_store_that_is_not_there_is_an_error(
+    tmp_path: Path, original: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLLMCTL_SOCKET", str(tmp_path / "none.sock"))
+    with pytest.raises(StoreUnreachable):
+        load_model(original("qwen3"), store="require")
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}])
