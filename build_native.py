@@ -1,4 +1,4 @@
-"""The whole native build: cffi's `ffibuilder`, and the two setuptools commands that finish the wheel.
+"""The whole native build: cffi's `ffibuilder`, and the setuptools commands that finish the wheel.
 
 `native/include/sllm.h` is the one declaration of the library's interface: the text between its
 `/* [cdef] */` marks is what cffi reads. Building needs a C compiler, and neither CANN nor CUDA.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
@@ -46,18 +47,30 @@ class build_ext(_build_ext):  # noqa: N801 - setuptools' name
     """Let cffi write the module's C source, and compile that with the library."""
 
     def finalize_options(self) -> None:
+        """Say what is compiled, and how."""
         generated = Path(self.get_finalized_command("build").build_temp)
         extension = ffibuilder.distutils_extension(str(generated), verbose=False)
         # setuptools looks at the sources alone, and would miss a changed header.
         extension.depends = [str(path) for path in (ROOT / "native").rglob("*.h")]
         extension.py_limited_api = True
+        # Debug information names sources, not places of the machine that built them.
+        for place in (ROOT, generated.resolve(), sysconfig.get_path("include")):
+            extension.extra_compile_args.append(f"-ffile-prefix-map={place}=.")
         self.distribution.ext_modules = [extension]
         super().finalize_options()
+
+    def build_extensions(self) -> None:
+        """Compile and link."""
+        # Some interpreters ask for a search path to their own library, which we do not link.
+        linker = self.compiler.linker_so
+        self.compiler.linker_so = [part for part in linker if not part.startswith("-Wl,-rpath")]
+        super().build_extensions()
 
 
 class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools' name
     """Tag the wheel for every CPython from 3.10 on."""
 
     def finalize_options(self) -> None:
+        """Say which interpreters may use it."""
         self.py_limited_api = "cp310"
         super().finalize_options()
