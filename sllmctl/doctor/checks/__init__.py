@@ -1,0 +1,1 @@
+"""The checks, one group a module; `sllmctl.doctor.all_checks` imports them all."""

@@ -1,0 +1,508 @@
+"""DRV: cards, device nodes, driver and firmware."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from sllmctl.doctor.cann_files import key_values
+from sllmctl.doctor.check import (
+    Finding,
+    Status,
+    check,
+    cmd,
+    fail,
+    file,
+    info,
+    ok,
+    say,
+    skip,
+    warn,
+    worst,
+)
+from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.npu_smi import DCMI_CODES
+from sllmctl.doctor.tables import driver_verdict
+from sllmctl.doctor.versions import cann_key, dotted_in, starts_with
+
+SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+_COMPATIBLE = re.compile(r"V100R001C(\d+)")
+_INTERVAL = re.compile(r"\[([^,\]]*),([^\]]*)\]")
+
+
+@check(
+    "DRV001",
+    title="an Ascend card is on the PCI bus",
+    why="without a card there is nothing to load to",
+    looks_at="vendor and device ids below /sys/bus/pci/devices (vendor 0x19e5 alone is not "
+    "enough: network cards have it too), and /dev/davinci*",
+)
+def card_there(m: Machine) -> Finding:
+    if m.pci:
+        kinds = ", ".join(sorted({kind for _, kind in m.pci}))
+        seen = file("/sys/bus/pci/devices", f"{len(m.pci)} x {kinds}")
+        return ok(say("{count} Ascend cards on the PCI bus", count=len(m.pci)), seen)
+    if m.cards:
+        return ok(say("{count} Ascend device nodes", count=len(m.cards)))
+    if not m.probe.is_dir("/sys/bus/pci/devices"):
+        return skip(say("the PCI bus cannot be seen from here"))
+    return fail(
+        say("there is no Ascend card in this machine"),
+        file("/sys/bus/pci/devices", "no accelerator of vendor 0x19e5"),
+        advice=say(
+            "run this on the machine with the cards; to prepare checkpoints here, use "
+            "`sllmctl doctor --profile convert`"
+        ),
+    )
+
+
+@check(
+    "DRV002",
+    title="device nodes are there",
+    why="the runtime opens /dev/davinciN, davinci_manager, devmm_svm and hisi_hdc",
+    looks_at="/dev: each must be a character device; Docker makes a folder where the source of "
+    "a mount is missing",
+    needs=("DRV001",),
+)
+def nodes_there(m: Machine) -> Finding:
+    missing, wrong = [], []
+    for name in SHARED_NODES:
+        node = m.probe.stat(f"/dev/{name}")
+        if node is None:
+            missing.append(f"/dev/{name}")
+        elif node.kind != "char":
+            wrong.append(f"/dev/{name}")
+    if not m.cards:
+        missing.append("/dev/davinci*")
+    if wrong:
+        return fail(
+            say("{names} is not a device but a {kind}", names=", ".join(wrong), kind="file/folder"),
+            *(file(name, "not a character device") for name in wrong),
+            advice=say("remove it on the host, reload the driver, and start the container again"),
+        )
+    if not missing:
+        names = f"davinci{','.join(map(str, m.cards))}"
+        return ok(
+            say("{count} cards have their device nodes", count=len(m.cards)), file("/dev", names)
+        )
+    seen = tuple(file(name, "missing") for name in missing)
+    names = ", ".join(missing)
+    if m.in_container:
+        return fail(
+            say("this container lacks {names}", names=names),
+            *seen,
+            fix="docker run --device /dev/davinci0 "
+            + " ".join(f"--device /dev/{name}" for name in SHARED_NODES)
+            + " ...",
+        )
+    return fail(
+        say("the driver is not loaded: {names} is missing", names=names),
+        *seen,
+        fix="npu-smi info  # then install the driver again, and reboot",
+    )
+
+
+@check(
+    "DRV003",
+    title="this user may open the device nodes",
+    why="nodes belong to the group HwHiAiUser with mode 0660 unless installed for all",
+    looks_at="read and write access to each node, its mode and group, the groups of the process "
+    "and its capability DAC_OVERRIDE",
+    needs=("DRV002",),
+)
+def nodes_open(m: Machine) -> Finding:
+    names = [*SHARED_NODES, *(f"davinci{n}" for n in m.cards)]
+    closed = [n for n in names if not m.probe.may(f"/dev/{n}", os.R_OK | os.W_OK)]
+    if not closed:
+        return ok(say("all device nodes can be opened"))
+    if len(set(closed) & set(SHARED_NODES)) == 0 and len(closed) < len(m.cards):
+        return info(
+            say(
+                "{count} of {total} cards are not for this user",
+                count=len(closed),
+                total=len(m.cards),
+            ),
+            *(file(f"/dev/{n}", "no access") for n in closed),
+        )
+    node = m.probe.stat(f"/dev/{closed[0]}")
+    gid = node.gid if node else 0
+    seen = file(
+        f"/dev/{closed[0]}",
+        f"mode {node.mode if node else 0:04o}, group {gid}; process: user {m.probe.host.euid}, "
+        f"groups {','.join(map(str, sorted(m.probe.host.groups)))}",
+    )
+    if m.in_container:
+        fix = f"docker run --group-add {gid} ..."
+        if m.probe.host.euid == 0:
+            fix = "docker run --cap-add DAC_OVERRIDE ..."
+    else:
+        fix = "sudo usermod -aG HwHiAiUser $USER  # then log in again"
+    return fail(say("this user may not open /dev/{name}", name=closed[0]), seen, fix=fix)
+
+
+@check(
+    "DRV004",
+    title="the driver's version can be read",
+    why="CANN, the firmware and bug reports all go by it",
+    looks_at="version.info of the driver, below the path in /etc/ascend_install.info",
+    severity=Status.WARN,
+    needs=("DRV001",),
+)
+def driver_version(m: Machine) -> Finding:
+    path = f"{m.driver_path}/version.info"
+    if m.driver:
+        return ok(say("driver {version}", version=m.driver), file(path, m.driver))
+    if m.probe.exists(path):
+        return info(say("{path} names no version", path=path), file(path, "no Version="))
+    if m.in_container:
+        return warn(
+            say("the driver's version.info is not in this container"),
+            file(path, "missing"),
+            fix=f"docker run -v {path}:{path} ...",
+        )
+    return warn(
+        say("there is no driver in {path}", path=m.driver_path),
+        file(path, "missing"),
+        advice=say("install the driver of these cards (Ascend-hdk-*-npu-driver_*.run --full)"),
+    )
+
+
+@check(
+    "DRV005",
+    title="the installation of the driver was finished",
+    why="a driver installed halfway works at first and fails under load",
+    looks_at="Driver_Install_Status=complete in /etc/ascend_install.info",
+    severity=Status.WARN,
+    needs=("DRV004",),
+)
+def driver_complete(m: Machine) -> Finding:
+    path = "/etc/ascend_install.info"
+    text = m.probe.read_text(path)
+    if text is None:
+        return info(say("{path} is not here", path=path), file(path, "missing"))
+    values = key_values(text)
+    status = values.get("Driver_Install_Status")
+    # Older drivers write no status at all; npu-smi's own warning decides for them.
+    if status == "complete" or (status is None and not m.smi.incomplete_driver):
+        return ok(say("the driver is installed completely"), file(path, status or ""))
+    return warn(
+        say("the driver was not installed completely"),
+        file(path, f"Driver_Install_Status={status}"),
+        advice=say("run the driver's installer again with --full, then reboot"),
+    )
+
+
+@check(
+    "DRV006",
+    title="driver and firmware go together",
+    why="each names the versions of the other that it accepts",
+    looks_at="compatible_version_fw of the driver against Version of the firmware, and "
+    "compatible_version_drv the other way round",
+    needs=("DRV004",),
+)
+def firmware(m: Machine) -> Finding:
+    path = f"{os.path.dirname(m.driver_path)}/firmware/version.info"  # noqa: PTH120
+    values = key_values(m.probe.read_text(path))
+    version = values.get("Version", "")
+    if not version or not m.driver:
+        return skip(say("the firmware's version is on the host only"))
+    intervals = _INTERVAL.findall(m.driver_info.get("compatible_version_fw", ""))
+    back = _INTERVAL.findall(values.get("compatible_version_drv", ""))
+    seen = (file(path, version), file(f"{m.driver_path}/version.info", m.driver))
+    if intervals and not any(dotted_in(version, low, high) for low, high in intervals):
+        wanted = ", ".join(f"{low} - {high}" for low, high in intervals)
+        return fail(
+            say(
+                "firmware {firmware} is not one that driver {driver} accepts ({wanted})",
+                firmware=version, driver=m.driver, wanted=wanted,
+            ),
+            *seen,
+            advice=say("install driver and firmware of the same release, then reboot"),
+        )  # fmt: skip
+    if back and not any(
+        dotted_in(m.driver, low, high) or starts_with(m.driver, low) for low, high in back
+    ):
+        return info(
+            say(
+                "firmware {firmware} does not list driver {driver}",
+                firmware=version, driver=m.driver,
+            ),
+            *seen,
+        )  # fmt: skip
+    return ok(say("firmware {version} suits the driver", version=version), *seen)
+
+
+@check(
+    "DRV007",
+    title="the driver's libraries can be loaded",
+    why="torch_npu and CANN load libascend_hal.so from the driver",
+    looks_at="libascend_hal.so below the driver, its machine, and whether LD_LIBRARY_PATH or the "
+    "loader's cache leads to it",
+    needs=("DRV004",),
+)
+def driver_libraries(m: Machine) -> Finding:
+    name = "libascend_hal.so"
+    places = [f"{m.driver_path}/lib64/{sub}{name}" for sub in ("driver/", "", "common/")]
+    path = next((p for p in places if m.probe.exists(p)), None)
+    if path is None:
+        lib64 = f"{m.driver_path}/lib64"
+        found = m.find_library(name)
+        if found and not re.search(r"/(stub|devlib)/", found):
+            return ok(say("{name} is in {path}", name=name, path=found), file(found))
+        return fail(
+            say("{name} is not in {path}", name=name, path=lib64),
+            file(places[0], "missing"),
+            fix=f"docker run -v {lib64}:{lib64} ..." if m.in_container else "",
+            advice=None if m.in_container else say("install the driver again"),
+        )
+    elf = m.probe.elf(path)
+    if elf and elf.machine != m.arch:
+        return fail(
+            say("{path} is for {machine}, this machine is {arch}",
+                path=path, machine=elf.machine, arch=m.arch),
+            file(path, elf.machine),
+            advice=say("install the driver for this machine"),
+        )  # fmt: skip
+    if m.env.get("ASCEND_HOME_PATH") and m.find_library(name) is None:
+        return fail(
+            say("{name} is here, but nothing leads the loader to it", name=name),
+            file(path, "not in LD_LIBRARY_PATH"),
+            fix=f"source {m.set_env}",
+        )
+    return ok(say("the driver's libraries are here"), file(path))
+
+
+@check(
+    "DRV008",
+    title="driver and CANN go together",
+    why="a driver that is too old for CANN fails in aclInit (507899) or in pinning memory",
+    looks_at="the vendor's table of drivers for each CANN; where that does not know them, the "
+    "compatible_version list of the driver",
+    needs=("DRV004", "CANN001"),
+)
+def driver_for_cann(m: Machine) -> Finding:
+    assert m.cann is not None
+    cann = m.cann.version
+    if not m.driver:
+        return skip(say("the driver's version is not known"))
+    seen = (file(f"{m.driver_path}/version.info", m.driver), file(m.cann.source, cann))
+    row = m.tables.for_cann_driver(cann)
+    if row is None:
+        return _declared(m, cann)
+    verdict = driver_verdict(row, m.driver)
+    paired = " / ".join(row.paired)
+    if verdict == "rejected":
+        return fail(
+            say("driver {driver} is too old for CANN {cann}", driver=m.driver, cann=cann),
+            *seen,
+            advice=say("upgrade the driver to {paired}, or use an older CANN", paired=paired),
+        )
+    if verdict == "old":
+        return warn(
+            say(
+                "driver {driver} is older than any that CANN {cann} was tested with",
+                driver=m.driver, cann=cann,
+            ),
+            *seen,
+            advice=say("upgrade the driver to {paired}", paired=paired),
+        )  # fmt: skip
+    if verdict == "paired":
+        return ok(say("driver {driver} is that of CANN {cann}", driver=m.driver, cann=cann), *seen)
+    return info(
+        say(
+            "driver {driver} is not the one released with CANN {cann} ({paired}), which is fine",
+            driver=m.driver, cann=cann, paired=paired,
+        )
+        if verdict in ("accepted", "newer")
+        else say("the tables do not know driver {driver}", driver=m.driver),
+        *seen,
+    )  # fmt: skip
+
+
+def _declared(m: Machine, cann: str) -> Finding:
+    """The driver's own list of CANN generations; their numbers are in order up to 8.5 only."""
+    unknown = info(
+        say("the tables ({date}) do not know CANN {cann}", date=m.tables.date, cann=cann),
+        file(m.cann.source if m.cann else "", cann),
+    )
+    key = cann_key(cann)
+    inner = _COMPATIBLE.match(m.cann.inner) if m.cann else None
+    accepted = [int(n) for n in _COMPATIBLE.findall(m.driver_info.get("compatible_version", ""))]
+    if key is None or key >= (9,) or inner is None or not accepted:
+        return unknown
+    if int(inner[1]) > max(accepted):
+        return warn(
+            say("driver {driver} does not know CANN {cann} yet", driver=m.driver, cann=cann),
+            file(f"{m.driver_path}/version.info", m.driver_info["compatible_version"]),
+            advice=say("upgrade the driver"),
+        )
+    return unknown
+
+
+@check(
+    "DRV009",
+    title="npu-smi answers, and the cards are healthy",
+    why="a card in Alarm or Critical fails in the middle of a load",
+    looks_at="`npu-smi info` (10 s at most): the table and its Health column",
+    level=1,
+    needs=("DRV003", "DRV010"),
+)
+def smi_healthy(m: Machine) -> Finding:
+    ran = m.smi_ran
+    assert ran is not None
+    if ran.code is None:
+        return warn(
+            say("npu-smi does not answer within 10 s"),
+            cmd("npu-smi info", "no answer"),
+            advice=say("a device hangs: look into `dmesg`, then reset it or reboot"),
+        )
+    if ran.code == 127:
+        tool = "/usr/local/bin/npu-smi"
+        return warn(
+            say("npu-smi is not here"),
+            cmd("npu-smi info", "not found"),
+            fix=f"docker run -v {tool}:{tool} -v /usr/local/dcmi:/usr/local/dcmi ..."
+            if m.in_container
+            else "export PATH=$PATH:/usr/local/bin:/usr/local/sbin",
+        )
+    if not m.smi.cards:
+        first = (ran.err or ran.out).strip().splitlines()[:1]
+        return warn(
+            say("npu-smi lists no card"),
+            cmd("npu-smi info", first[0] if first else f"exit {ran.code}"),
+            fix="npu-smi info",
+        )
+    found: list[Finding | None] = []
+    for card in m.smi.cards:
+        place = cmd("npu-smi info", f"NPU {card.npu} {card.name}: {card.health}")
+        made = {"OK": None, "Warning": warn, "UNKNOWN": info, "": info}.get(card.health, fail)
+        if made is not None:
+            found.append(
+                made(
+                    say("NPU {npu} reports {health}", npu=card.npu, health=card.health or "-"),
+                    place,
+                    fix=f"npu-smi info -t health -i {card.npu}",
+                )
+            )
+    count = len(m.smi.cards)
+    return worst(
+        found,
+        ok(say("{count} chips, all healthy", count=count), cmd("npu-smi info", m.smi.version)),
+    )
+
+
+@check(
+    "DRV010",
+    title="no other container holds the cards",
+    why="a container without privileges takes a card for itself alone",
+    looks_at="the error code of `npu-smi info` (ret is -8020, -8005 ...)",
+    level=1,
+    needs=("DRV003",),
+)
+def cards_free(m: Machine) -> Finding:
+    code = m.smi.code
+    if code is None:
+        return ok(say("npu-smi reports no error"))
+    seen = cmd("npu-smi info", f"ret is {code}: {DCMI_CODES.get(code, 'unknown')}")
+    if code == -8020:
+        return fail(
+            say("another container or process holds this card (-8020)"),
+            seen,
+            fix="docker ps  # on the host: stop the one that has the card, or map another card",
+        )
+    if code == -8005:
+        return fail(
+            say("the driver cannot be reached (-8005)"),
+            seen,
+            advice=say(
+                "map all device nodes; do not mix privileged and other containers on a card; "
+                "reboot after a firmware upgrade"
+            ),
+        )
+    return fail(
+        say("npu-smi fails with {code}: {meaning}", code=code, meaning=DCMI_CODES.get(code, "?")),
+        seen,
+        fix="npu-smi info",
+    )
+
+
+@check(
+    "DRV011",
+    title="the chips are of a supported generation",
+    why="engines support Atlas A2 and A3; first-generation 910 and 310B chips are not",
+    looks_at="the name that npu-smi prints, else the PCI device id (910B3 is A2, not A3)",
+    needs=("DRV001",),
+)
+def chip_supported(m: Machine) -> Finding:
+    kind = m.generation
+    names = ", ".join(sorted({card.name for card in m.smi.cards})) or kind
+    seen = cmd("npu-smi info", names) if m.smi.cards else file("/sys/bus/pci/devices", names)
+    engines = {"vllm", "sglang"} & set(m.profiles)
+    if not kind:
+        return info(say("this chip is not known here: {names}", names=names or "?"), seen)
+    if engines and kind in ("A1", "310B"):
+        return fail(
+            say("{names} is not supported by vLLM and SGLang on Ascend", names=names),
+            seen,
+            advice=say("use a machine with Atlas A2 or A3 cards"),
+        )
+    if "sglang" in engines and kind == "310P":
+        return fail(
+            say("{names} is not supported by SGLang on Ascend", names=names),
+            seen,
+            advice=say("use a machine with Atlas A2 or A3 cards"),
+        )
+    if kind == "310P":
+        return warn(
+            say("{names} has no bfloat16", names=names),
+            seen,
+            advice=say("convert and serve in float16"),
+        )
+    return ok(say("{names} ({kind})", names=names, kind=kind), seen)
+
+
+@check(
+    "DRV012",
+    title="device memory is free",
+    why="what others hold on a card is missing to the model",
+    looks_at="the memory column and the process list of `npu-smi info`; with --model, the bytes "
+    "of its shards",
+    severity=Status.WARN,
+    level=1,
+    needs=("DRV009",),
+)
+def memory_free(m: Machine) -> Finding:
+    cards = [c for c in m.smi.cards if c.total_mb]
+    if not cards:
+        return skip(say("npu-smi says nothing about memory"))
+    free_mb = sum((c.total_mb or 0) - (c.used_mb or 0) for c in cards)
+    need_mb = model_bytes(m) >> 20
+    seen = cmd("npu-smi info", f"{free_mb} MB free on {len(cards)} chips")
+    if need_mb > free_mb:
+        return warn(
+            say("the model needs {need} MB, all chips together have {free} MB free",
+                need=need_mb, free=free_mb),
+            seen,
+            fix="npu-smi info  # stop what holds the cards",
+        )  # fmt: skip
+    busy = [c for c in cards if (c.used_mb or 0) > 0.2 * (c.total_mb or 0)]
+    if busy or m.smi.processes:
+        npus = sorted({c.npu for c in busy} | {p[0] for p in m.smi.processes})
+        return info(
+            say("NPU {npus} is in use", npus=", ".join(map(str, npus))),
+            *(cmd("npu-smi info", f"NPU {c.npu}: {c.used_mb} of {c.total_mb} MB") for c in busy),
+            *(
+                cmd("npu-smi info", f"process {p[1]} ({p[2]}) on NPU {p[0]}")
+                for p in m.smi.processes
+            ),
+        )
+    return ok(say("{free} MB of device memory are free", free=free_mb), seen)
+
+
+def model_bytes(m: Machine) -> int:
+    """Bytes of the shards of `--model`, where that is a directory; else 0."""
+    if not m.options.model or not m.probe.is_dir(m.options.model):
+        return 0
+    names = [n for n in m.probe.listdir(m.options.model) if n.endswith((".safetensors", ".bin"))]
+    nodes = [m.probe.stat(f"{m.options.model}/{name}") for name in names]
+    return sum(node.size for node in nodes if node)

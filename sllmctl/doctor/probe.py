@@ -1,0 +1,418 @@
+"""Everything that a check may touch, behind one object.
+
+`Probe` is this machine. `TreeProbe` is a machine in a directory: its files lie below the root, and
+what no file can say (device nodes, commands, ports, limits) stands in `machine.json` beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import mmap
+import os
+import posixpath
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sllmctl.doctor.elf import Elf, parse_elf
+from sllmctl.doctor.host import Host
+
+READ_BYTES = 64 << 10
+RUN_TIMEOUT_S = 10.0
+RUN_BYTES = 256 << 10
+CONNECT_TIMEOUT_S = 1.0
+DESCRIPTION = "machine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A command that was run; ``code`` is None after the time limit, 127 without the command."""
+
+    code: int | None
+    out: str = ""
+    err: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A file system entry: kind is char, dir, file or other."""
+
+    kind: str
+    mode: int
+    uid: int
+    gid: int
+    size: int = 0
+    mtime: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A file system's size, in bytes and inodes; no inodes where it does not count them."""
+
+    total_bytes: int
+    free_bytes: int
+    total_inodes: int = 0
+    free_inodes: int = 0
+
+
+class Probe:
+    """This machine. Nothing here raises for what a machine may be like."""
+
+    def __init__(self, host: Host | None = None, root: str = "/") -> None:
+        self.host = host or Host.here()
+        self.root = root
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of the process."""
+        return dict(self.host.env)
+
+    def real(self, path: str) -> str | None:
+        """Where the bytes of a path lie on this machine; None if a link leads nowhere."""
+        return path
+
+    def exists(self, path: str) -> bool:
+        """Whether the path leads to something."""
+        return self.stat(path) is not None
+
+    def is_dir(self, path: str) -> bool:
+        """Whether it is a directory."""
+        node = self.stat(path)
+        return node is not None and node.kind == "dir"
+
+    def lexists(self, path: str) -> bool:
+        """Whether there is an entry, be it a link to nowhere."""
+        return self.readlink(path) is not None or self.exists(path)
+
+    def stat(self, path: str) -> Node | None:
+        """What a path leads to, or None."""
+        real = self.real(path)
+        if real is None:
+            return None
+        try:
+            found = os.stat(real)  # noqa: PTH116
+        except (OSError, ValueError):
+            return None
+        mode = found.st_mode
+        kind = (
+            "char" if stat.S_ISCHR(mode)
+            else "dir" if stat.S_ISDIR(mode)
+            else "file" if stat.S_ISREG(mode)
+            else "other"
+        )  # fmt: skip
+        return Node(
+            kind, stat.S_IMODE(mode), found.st_uid, found.st_gid, found.st_size, found.st_mtime
+        )
+
+    def readlink(self, path: str) -> str | None:
+        """Target of a link, or None."""
+        parent = self.real(posixpath.dirname(path) or "/")
+        if parent is None:
+            return None
+        try:
+            return os.readlink(posixpath.join(parent, posixpath.basename(path)))  # noqa: PTH115
+        except (OSError, ValueError):
+            return None
+
+    def realpath(self, path: str) -> str:
+        """The path without links, as this machine would name it."""
+        try:
+            return os.path.realpath(path)
+        except (OSError, ValueError):
+            return path
+
+    def listdir(self, path: str) -> list[str]:
+        """Sorted names in a directory; none if it cannot be read."""
+        real = self.real(path)
+        try:
+            return sorted(os.listdir(real)) if real is not None else []  # noqa: PTH208
+        except (OSError, ValueError):
+            return []
+
+    def glob(self, pattern: str) -> list[str]:
+        """Paths that match a pattern, part by part; `*` does not cross a slash."""
+        found = ["/"]
+        for part in pattern.strip("/").split("/"):
+            if any(c in part for c in "*?["):
+                found = [
+                    posixpath.join(base, name)
+                    for base in found
+                    for name in fnmatch.filter(self.listdir(base), part)
+                ]
+            else:
+                found = [posixpath.join(base, part) for base in found]
+        return [path for path in found if self.lexists(path)]
+
+    def read_bytes(self, path: str, limit: int = READ_BYTES) -> bytes | None:
+        """The first bytes of a regular file, or None."""
+        real = self.real(path)
+        node = self.stat(path)
+        if real is None or node is None or node.kind != "file":
+            return None
+        try:
+            with open(real, "rb") as source:  # noqa: PTH123
+                return source.read(limit)
+        except OSError:
+            return None
+
+    def read_text(self, path: str, limit: int = READ_BYTES) -> str | None:
+        """The first characters of a text file, whatever its encoding, or None."""
+        raw = self.read_bytes(path, limit)
+        return None if raw is None else raw.decode("utf-8-sig", "replace")
+
+    def elf(self, path: str) -> Elf | None:
+        """What a shared library says about itself, or None."""
+        real = self.real(path)
+        node = self.stat(path)
+        if real is None or node is None or node.kind != "file":
+            return None
+        try:
+            fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return parse_elf(lambda at, size: os.pread(fd, size, at))
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def may(self, path: str, mode: int) -> bool:
+        """Whether this process may read, write or enter (os.R_OK, W_OK, X_OK)."""
+        return os.access(path, mode, effective_ids=True)
+
+    def run(self, argv: Sequence[str], timeout_s: float = RUN_TIMEOUT_S) -> Ran:
+        """Run a command and take the first 256 KiB of what it says."""
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError:
+            return Ran(127)
+        try:
+            out, err = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, 9)
+            # A child in an uninterruptible driver call does not die: do not wait for it for ever.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=1)
+            return Ran(None)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(child.pid, 9)
+            raise
+        return Ran(
+            child.returncode,
+            out[:RUN_BYTES].decode("utf-8", "replace"),
+            err[:RUN_BYTES].decode("utf-8", "replace"),
+        )
+
+    def connects(self, host: str, port: int) -> bool:
+        """Whether a TCP port answers."""
+        import socket
+
+        try:
+            with socket.create_connection((host, port), CONNECT_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
+
+    def get(self, url: str, timeout_s: float = 3.0, *, direct: bool = True) -> tuple[int, str]:
+        """Status and body of an HTTP GET; status 0 with the reason if there is no answer.
+
+        Args:
+            url: http or https.
+            timeout_s: Upper bound of each wait.
+            direct: Past every proxy, as one talks to this machine.
+        """
+        import http.client
+        import urllib.error
+        import urllib.request
+
+        handlers = [urllib.request.ProxyHandler({})] if direct else []
+        opener = urllib.request.build_opener(*handlers)
+        try:
+            with opener.open(url, timeout=timeout_s) as answer:
+                return answer.status, answer.read(1 << 20).decode("utf-8", "replace")
+        except urllib.error.HTTPError as exc:
+            with exc:
+                return exc.code, exc.read(1 << 16).decode("utf-8", "replace")
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            return 0, str(exc)
+
+    def space(self, path: str) -> Space | None:
+        """Size and free space of the file system of a path, or None."""
+        try:
+            found = os.statvfs(path)
+        except OSError:
+            return None
+        return Space(
+            found.f_blocks * found.f_frsize,
+            found.f_bavail * found.f_frsize,
+            found.f_files,
+            found.f_favail,
+        )
+
+    def direct_io(self, directory: str) -> bool | None:
+        """Whether files in a directory can be read with O_DIRECT; None if it cannot be tried."""
+        name = f"{directory}/.sllmctl-doctor-{os.getpid()}"
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return None
+        try:
+            with contextlib.suppress(OSError):
+                os.write(fd, bytes(4096))
+            try:
+                direct = os.open(name, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as exc:
+                return False if exc.errno == 22 else None
+            try:
+                with mmap.mmap(-1, 4096) as buffer:
+                    os.preadv(direct, [buffer], 0)
+                return True
+            except OSError as exc:
+                return False if exc.errno == 22 else None
+            finally:
+                os.close(direct)
+        finally:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(name)  # noqa: PTH108
+
+
+class TreeProbe(Probe):
+    """A machine in a directory: files below ``root``, the rest in its `machine.json`."""
+
+    def __init__(self, root: Path) -> None:
+        self._description = _describe(root / DESCRIPTION)
+        super().__init__(Host.described(self._description.get("host", {})), os.path.realpath(root))
+
+    def real(self, path: str) -> str | None:
+        """Where the bytes lie, inside the root."""
+        found = self._walk(path)
+        return None if found is None else self.root + found
+
+    def realpath(self, path: str) -> str:
+        """The path without links, as the machine in the tree would name it."""
+        return self._walk(path) or path
+
+    def stat(self, path: str) -> Node | None:
+        """What a path leads to; described nodes come first."""
+        node = self._node(path)
+        if node is None:
+            return super().stat(path)
+        return Node(
+            node.get("kind", "char"),
+            int(node.get("mode", 0o660)),
+            int(node.get("uid", 0)),
+            int(node.get("gid", 0)),
+        )
+
+    def listdir(self, path: str) -> list[str]:
+        """Names in the tree, and of described nodes."""
+        here = path.rstrip("/")
+        made = {
+            posixpath.basename(name)
+            for name in self._description.get("nodes", {})
+            if posixpath.dirname(name) == here
+        }
+        return sorted({*super().listdir(path), *made} - ({DESCRIPTION} if not here else set()))
+
+    def may(self, path: str, mode: int) -> bool:
+        """Access as the described user has it."""
+        node = self.stat(path)
+        if node is None:
+            return False
+        if self._node(path) is None:  # the tree's own files belong to whoever unpacked it
+            return os.access(self.real(path) or "", mode)
+        if self.host.dac_override:
+            return True
+        shift = (
+            6 if node.uid == self.host.euid
+            else 3 if node.gid in self.host.groups
+            else 0
+        )  # fmt: skip
+        return (node.mode >> shift & 7) & mode == mode
+
+    def run(self, argv: Sequence[str], timeout_s: float = RUN_TIMEOUT_S) -> Ran:
+        """A described command."""
+        ran = self._description.get("commands", {}).get(" ".join(argv))
+        if ran is None:
+            return Ran(127)
+        return Ran(ran.get("code", 0), ran.get("out", ""), ran.get("err", ""))
+
+    def connects(self, host: str, port: int) -> bool:
+        """Whether the port is a described one."""
+        return port in self._description.get("ports", [])
+
+    def get(self, url: str, timeout_s: float = 3.0, *, direct: bool = True) -> tuple[int, str]:
+        """A described answer."""
+        status, body = self._description.get("http", {}).get(url, (0, "connection refused"))
+        return int(status), str(body)
+
+    def space(self, path: str) -> Space | None:
+        """A described size, of the path or the nearest parent."""
+        spaces = self._description.get("space", {})
+        for place in _upwards(path):
+            if place in spaces:
+                return Space(*spaces[place])
+        return None
+
+    def direct_io(self, directory: str) -> bool | None:
+        """A described answer, of the path or the nearest parent."""
+        answers = self._description.get("direct_io", {})
+        return next((answers[place] for place in _upwards(directory) if place in answers), None)
+
+    def _node(self, path: str) -> dict[str, Any] | None:
+        node: dict[str, Any] | None = self._description.get("nodes", {}).get(path)
+        return node
+
+    def _walk(self, path: str, links: int = 40) -> str | None:
+        """Follow the links of a path inside the root; absolute targets stay inside it too."""
+        done: list[str] = []
+        todo = [part for part in path.split("/") if part not in ("", ".")]
+        while todo:
+            part = todo.pop(0)
+            if part == "..":
+                done = done[:-1]
+                continue
+            here = self.root + "/" + "/".join([*done, part])
+            try:
+                target = os.readlink(here)  # noqa: PTH115
+            except (OSError, ValueError):
+                done.append(part)
+                continue
+            links -= 1
+            if links < 0:
+                return None
+            if target.startswith("/"):
+                done = []
+            todo = [p for p in target.split("/") if p not in ("", ".")] + todo
+        return "/" + "/".join(done)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return description if isinstance(description, dict) else {}
+
+
+def _upwards(path: str) -> list[str]:
+    """A path and all its parents."""
+    places = [path.rstrip("/") or "/"]
+    while places[-1] != "/":
+        places.append(posixpath.dirname(places[-1]) or "/")
+    return places

@@ -1,0 +1,234 @@
+"""The examination as a person reads it: what is wrong, why, what to do, and what to do first."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from sllmctl.doctor.advice import Row
+from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
+from sllmctl.doctor.examine import Examination, Outcome
+from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.redact import Hide
+from sllmctl.doctor.text import Text, say, translate
+
+MARKS = {
+    Status.PASS: ("✓", "[OK]"),
+    Status.INFO: ("·", "[..]"),
+    Status.WARN: ("!", "[!!]"),
+    Status.FAIL: ("✗", "[XX]"),
+    Status.ERROR: ("✗", "[XX]"),
+    Status.SKIP: ("-", "[--]"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How to write: the language, whether marks may be Unicode, what to hide, and how much."""
+
+    language: str
+    unicode: bool
+    hide: Hide
+    verbose: bool = False
+
+    def say(self, text: Text | str) -> str:
+        """A sentence in the language of the view, without secrets."""
+        if isinstance(text, str):
+            return translate(text, self.language)
+        return self.hide(text.render(self.language))
+
+    def mark(self, status: Status) -> str:
+        """The sign of a status."""
+        return MARKS[status][0 if self.unicode else 1]
+
+
+def lines(done: Examination, view: View) -> list[str]:
+    """The whole examination."""
+    out = [*_heading(done.machine, view), ""]
+    groups: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in done.outcomes:
+        if outcome.selected:
+            groups[outcome.check.group].append(outcome)
+    shown = {group: members for group, members in groups.items() if _worth_showing(members, view)}
+    width = max((_width(view.say(GROUPS[group])) for group in shown), default=0)
+    for group, members in shown.items():
+        out += _group(view.say(GROUPS[group]), width, members, view)
+    out += [*_rows(done.rows, view), "", *_verdict(done, view), "", *_counts(done, view)]
+    return out
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: Chinese characters take two."""
+    return sum(2 if ord(c) > 0x2E7F else 1 for c in text)
+
+
+def _worth_showing(members: list[Outcome], view: View) -> bool:
+    return view.verbose or any(o.finding.status is not Status.SKIP for o in members)
+
+
+def _heading(m: Machine, view: View) -> list[str]:
+    parts = [m.arch]
+    if m.smi.cards:
+        names = Counter(card.name for card in m.smi.cards)
+        parts += [f"{count} x {name}" for name, count in names.items()]
+    elif m.pci:
+        kinds = Counter(kind for _, kind in m.pci)
+        parts += [f"{count} x Ascend {kind}" for kind, count in kinds.items()]
+    if m.driver:
+        parts.append(view.say(say("driver {version}", version=m.driver)))
+    if m.cann:
+        parts.append(f"CANN {m.cann.version}")
+    if m.nnal:
+        parts.append(f"NNAL {m.nnal[0].version}")
+    parts.append(f"Python {m.probe.host.python}")
+    for name in ("torch", "torch-npu", "vllm-ascend", "sglang"):
+        if version := m.dists.version(name):
+            parts.append(f"{name.replace('-', '_') if name == 'torch-npu' else name} {version}")
+    return [view.hide(", ".join(parts))]
+
+
+def _group(name: str, width: int, members: list[Outcome], view: View) -> list[str]:
+    counts = Counter(o.finding.status for o in members)
+    worst = max((o.finding.status for o in members), key=lambda s: s.rank)
+    lead = Status.PASS if worst in (Status.INFO, Status.SKIP) and counts[Status.PASS] else worst
+    out = [f"{view.mark(lead)} {name}{' ' * (width - _width(name))}  {_tally(counts, view)}"]
+    for outcome in members:
+        status = outcome.finding.status
+        if status in (Status.PASS, Status.SKIP) and not view.verbose:
+            continue
+        out += _problem(outcome, view)
+    return out
+
+
+def _tally(counts: Counter[Status], view: View) -> str:
+    words = [
+        (Status.ERROR, say("{count} broken", count=counts[Status.ERROR])),
+        (Status.FAIL, say("{count} failed", count=counts[Status.FAIL])),
+        (Status.WARN, say("{count} to look at", count=counts[Status.WARN])),
+        (Status.PASS, say("{count} passed", count=counts[Status.PASS])),
+        (Status.INFO, say("{count} noted", count=counts[Status.INFO])),
+        (Status.SKIP, say("{count} not checked", count=counts[Status.SKIP])),
+    ]
+    comma = view.say(", ")
+    return comma.join(view.say(text) for status, text in words if counts[status])
+
+
+def _problem(outcome: Outcome, view: View) -> list[str]:
+    check, finding = outcome.check, outcome.finding
+    summary = view.say(finding.summary)
+    out = [f"    {view.mark(finding.status)} {check.id:<8} {summary}"]
+    if finding.status in (Status.PASS, Status.SKIP):
+        return out
+    indent = " " * 15
+    out += [f"{indent}{view.say(text)}" for text in finding.more]
+    if finding.status is Status.INFO:
+        return out
+    why, fix, see = view.say("why:"), view.say("fix:"), view.say("seen:")
+    out.append(f"{indent}{why} {view.say(check.why)}")
+    for item in finding.evidence[:4] if not view.verbose else finding.evidence:
+        value = f": {item.value}" if item.value else ""
+        out.append(f"{indent}{see} {view.hide(item.name + value)}")
+    if finding.fix:
+        out.append(f"{indent}{fix} {view.hide(finding.fix)}")
+    if finding.advice:
+        lead = fix if not finding.fix else " " * _width(fix)
+        out.append(f"{indent}{lead} {view.say(finding.advice)}")
+    if finding.action:
+        out.append(f"{indent}{' ' * _width(fix)} sllmctl doctor --fix {check.id}")
+    return out
+
+
+def _rows(rows: tuple[Row, ...], view: View) -> list[str]:
+    if not rows:
+        return []
+    out = ["", view.say("These parts were never released together. Choose one row:")]
+    for row in rows:
+        parts = ", ".join(f"{part} {version}" for part, version in row.parts)
+        out.append(f"  {parts}")
+        here = ", ".join(row.here)
+        out.append("    " + view.say(say("already here: {parts}", parts=here or "-")))
+        out += [f"    {command}" for command in row.commands]
+    return out
+
+
+def _verdict(done: Examination, view: View) -> list[str]:
+    m = done.machine
+    failed = [*done.of(Status.ERROR), *done.of(Status.FAIL)]
+    warned = done.of(Status.WARN)
+    purpose = ", ".join(m.profiles)
+    if not failed and not warned:
+        if m.profiles == ("convert",) and not m.has_ascend:
+            return [
+                view.say(
+                    "No Ascend card or software is here. This machine can download, convert and "
+                    "verify checkpoints, and load them to the CPU; nothing stands in the way of "
+                    "that."
+                ),
+                view.say("For a machine with cards, run `sllmctl doctor` there."),
+            ]
+        return [view.say(say("This machine is ready ({purpose}).", purpose=purpose))]
+    first = (failed or warned)[0]
+    if failed:
+        text = (
+            say("One thing is broken: {what}.", what=first.finding.summary)
+            if len(failed) == 1
+            else say("{count} things are broken; the first: {what}.", count=len(failed),
+                     what=first.finding.summary)
+        )  # fmt: skip
+    else:
+        text = say("This machine is usable ({purpose}), but look at this: {what}.",
+                   purpose=purpose, what=first.finding.summary)  # fmt: skip
+    out = [view.say(text)]
+    if first.finding.fix:
+        out += [view.say("Do this first:"), f"  {view.hide(first.finding.fix)}"]
+    elif first.finding.advice:
+        out += [view.say("Do this first:"), f"  {view.say(first.finding.advice)}"]
+    out.append(view.say(say("More about it: sllmctl doctor --explain {id}", id=first.check.id)))
+    return out
+
+
+def _counts(done: Examination, view: View) -> list[str]:
+    out = [_tally(done.counts, view)]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for outcome in done.of(Status.SKIP):
+        reasons[view.say(outcome.finding.summary)].append(outcome.check.id)
+    if reasons:
+        out.append(view.say("not checked:"))
+        for reason, ids in reasons.items():
+            names = " ".join(ids) if len(ids) <= 6 or view.verbose else str(len(ids))
+            out.append(f"  {names}: {reason}")
+    return out
+
+
+def explain(check: Check, view: View) -> list[str]:
+    """Everything that is known of one check."""
+    labels = [
+        (view.say("why:"), view.say(check.why)),
+        (view.say("looks at:"), view.say(check.looks_at)),
+        (view.say("at worst:"), view.say(check.severity.value)),
+        (view.say("profiles:"), ", ".join(check.profiles)),
+        (view.say("needs:"), ", ".join(check.needs) or "-"),
+        (view.say("touches:"), view.say(_TOUCHES[check.level])),
+    ]
+    width = max(_width(label) for label, _ in labels)
+    body = [f"  {label}{' ' * (width - _width(label))} {text}" for label, text in labels]
+    return [f"{check.id}  {view.say(check.title)}", "", *body]
+
+
+_TOUCHES = {
+    0: "files and the environment",
+    1: "commands, or ports of this machine",
+    2: "devices, in a child process",
+}
+
+
+def listing(view: View) -> list[str]:
+    """All checks, one a line."""
+    out = []
+    group = ""
+    for check in CHECKS.values():
+        if check.group != group:
+            group = check.group
+            out += ["", view.say(GROUPS[group])]
+        out.append(f"  {check.id:<8} {view.say(check.title)}")
+    return out[1:]
