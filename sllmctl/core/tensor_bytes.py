@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_STRIDED_BYTES = 4 * 2**20
+"""Copied at a time of a tensor that is not contiguous; several threads do so at once."""
+
+
 class TensorBytes:
     """The elements of one tensor in row-major order. Nothing larger than a chunk is copied."""
 
@@ -49,12 +53,12 @@ def _parts(tensor: torch.Tensor, begin: int, end: int) -> Iterable[torch.Tensor]
             yield flat[start : min(start + step, end)]
         return
     row = tensor.numel() // len(tensor)
-    if row * tensor.element_size() > CHUNK_BYTES:
+    if row * tensor.element_size() > _STRIDED_BYTES:
         for number in range(begin // row, -(-end // row)):
             first = number * row
             yield from _parts(tensor[number], max(begin - first, 0), min(end - first, row))
         return
-    step = max(1, CHUNK_BYTES // (row * tensor.element_size()))
+    step = max(1, _STRIDED_BYTES // (row * tensor.element_size()))
     for number in range(begin // row, -(-end // row), step):
         first = number * row
         flat = tensor[number : number + step].reshape(-1)

@@ -147,8 +147,12 @@ class _ShardFile:
         self._digests = bytearray(self.chunks * DIGEST_BYTES)
         try:
             self._file = path.open("wb", buffering=0)
+        except OSError as exc:
+            raise write_error(path, 0, exc) from exc
+        try:
             preallocate(self._file.fileno(), size)
         except OSError as exc:
+            self._file.close()
             raise write_error(path, 0, exc) from exc
 
     def task(self, index: int) -> Task:
