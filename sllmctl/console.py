@@ -77,6 +77,12 @@ class Console:
             lines.append("  ".join(cells).rstrip())
         return lines
 
+    def clear(self) -> None:
+        """Begin a new picture, where people look at a terminal; JSON goes on line by line."""
+        if self.format is Format.HUMAN and sys.stdout.isatty():
+            _rich(stderr=False).clear()
+        sys.stdout.flush()
+
     def warn(self, message: str) -> None:
         """Say something on stderr that does not change the result."""
         print(f"warning: {message}", file=sys.stderr)
@@ -157,7 +163,7 @@ def _bars() -> Iterator[ProgressFn]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=_stderr(),
+        console=_rich(stderr=True),
         transient=True,
     )
     tasks: dict[str, Any] = {}
@@ -171,10 +177,10 @@ def _bars() -> Iterator[ProgressFn]:
         yield show
 
 
-def _stderr() -> RichConsole:
+def _rich(*, stderr: bool) -> RichConsole:
     from rich.console import Console as RichConsole
 
-    return RichConsole(stderr=True)
+    return RichConsole(stderr=stderr)
 
 
 def _width(text: str) -> int:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.commands.options import AsJson, Quiet, Socket, StoragePath
 from sllmctl.console import Console
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import find_models
 from sllmctl.core.config import storage_path as choose_storage_path
 from sllmctl.core.units import format_size
-from sllmctl.errors import CheckpointError
+from sllmctl.errors import CheckpointError, StoreError
+from sllmctl.store.client import StoreClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class _Row:
     dtypes: dict[str, int]  # bytes by element type, most first
     converted: bool
     problem: str | None
+    warm_bytes: int = 0  # in the store, headers included
 
     def document(self) -> dict[str, Any]:
         return {
@@ -34,18 +36,25 @@ class _Row:
             "dtypes": list(self.dtypes),
             "converted": self.converted,
             "problem": self.problem,
+            "warm_bytes": self.warm_bytes,
         }
 
     def cells(self) -> list[str]:
         if self.problem is not None:
-            return [self.name, "", "", "", f"damaged: {self.problem}"]
+            return [self.name, "", "", "", "", f"damaged: {self.problem}"]
         dtypes = ", ".join(self.dtypes)
         state = "converted" if self.converted else "as downloaded"
-        return [self.name, format_size(self.nbytes), f"{self.tensors:,}", dtypes, state]
+        warm = f"{min(1.0, self.warm_bytes / self.nbytes):.0%}" if self.warm_bytes else ""
+        return [self.name, format_size(self.nbytes), f"{self.tensors:,}", warm, dtypes, state]
 
 
-def ls(storage_path: StoragePath = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the checkpoints in the storage path: size, tensors, element types, state.
+def ls(
+    storage_path: StoragePath = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the checkpoints in the storage path: size, tensors, warmth, element types, state.
 
     Examples:
 
@@ -55,13 +64,15 @@ def ls(storage_path: StoragePath = None, as_json: AsJson = False, quiet: Quiet =
     """
     console = Console.choose(as_json=as_json, quiet=quiet)
     storage = choose_storage_path(storage_path)
-    rows = [_look(name, path) for name, path in find_models(storage)]
+    warm = _warm_bytes(socket)
+    rows = [_look(name, path, warm.get(name, 0)) for name, path in find_models(storage)]
     total = sum(row.nbytes for row in rows)
     human = [f"no checkpoint in {storage}: `sllmctl convert ORG/NAME` puts one there"]
     if rows:
         human = [
             *console.table(
-                ["name", ">size", ">tensors", "dtypes", "state"], [row.cells() for row in rows]
+                ["name", ">size", ">tensors", ">warm", "dtypes", "state"],
+                [row.cells() for row in rows],
             ),
             "",
             f"{len(rows)} in {storage}, {format_size(total)}",
@@ -77,7 +88,17 @@ def ls(storage_path: StoragePath = None, as_json: AsJson = False, quiet: Quiet =
     )
 
 
-def _look(name: str, path: Path) -> _Row:
+def _warm_bytes(socket: Path | None) -> dict[str, int]:
+    """What a store holds of each model, by name; nothing where none answers."""
+    try:
+        with StoreClient(socket) as client:
+            models = client.ask({"op": "status"})["models"]
+    except StoreError:
+        return {}
+    return {model["name"]: model["warm_bytes"] for model in models}
+
+
+def _look(name: str, path: Path, warm_bytes: int) -> _Row:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as exc:
@@ -87,6 +108,5 @@ def _look(name: str, path: Path) -> _Row:
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.nbytes
     by_size = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
     count = len(checkpoint.tensors) + len(checkpoint.aliases)
-    return _Row(
-        name, path, checkpoint.nbytes, count, by_size, checkpoint.manifest is not None, None
-    )
+    converted = checkpoint.manifest is not None
+    return _Row(name, path, checkpoint.nbytes, count, by_size, converted, None, warm_bytes)

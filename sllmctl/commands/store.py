@@ -15,23 +15,38 @@ from sllmctl.errors import ConfigError, StoreError
 from sllmctl.store.client import StoreClient
 
 _BAR_CELLS = 40
+_WATCH_EVERY_S = 1.0
 
 
-def status(socket: Socket = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def status(
+    socket: Socket = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
     """Show the store: its pool, its models and how warm they are, and who uses them.
 
     Examples:
 
-      sllmctl status
+      sllmctl status --watch
 
       sllmctl status --json
     """
     console = Console.choose(as_json=as_json, quiet=quiet)
     with StoreClient(socket) as client:
-        answer = client.ask({"op": "status"})
-    answer.pop("event")
-    used = answer["pool"]["used_bytes"]
-    console.result(answer, quiet=used, human=_status_lines(console, answer))
+        while True:
+            answer = client.ask({"op": "status"})
+            answer.pop("event")
+            if watch:
+                console.clear()
+            console.result(
+                answer,
+                quiet=answer["pool"]["used_bytes"],
+                human=_status_lines(console, answer),
+            )
+            if not watch:
+                return
+            time.sleep(_WATCH_EVERY_S)
 
 
 def warm(

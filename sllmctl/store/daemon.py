@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -72,6 +73,7 @@ class Daemon:
             ConfigError: A model to preload is not there.
         """
         asyncio.set_event_loop(self._loop)
+        _raise_descriptor_limit()
         listener = listen(self.settings.socket_path, self.settings.group)
         prefault = threading.Thread(
             target=self.keeper.pool.prefault, args=(self._stop,), name="sllm-prefault", daemon=True
@@ -260,6 +262,12 @@ def listen(path: Path, group: int | None) -> socket.socket:
             hint="give another --socket, at most 107 bytes long, in a directory of yours",
         ) from exc
     return sock
+
+
+def _raise_descriptor_limit() -> None:
+    """A segment takes two descriptors, a client one, a fill one a shard: take all there are."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _replace_stale(path: Path) -> None:

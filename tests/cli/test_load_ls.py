@@ -114,9 +114,9 @@ def test_ls_shows_each_checkpoint_in_a_row(sllmctl: Run, tiny_checkpoint: Path) 
     (broken / "model.safetensors").write_bytes(b"\xff" * 16)
     done = sllmctl("ls", "--storage-path", storage)
     title, *rows = done.stdout.splitlines()
-    assert title.split() == ["name", "size", "tensors", "dtypes", "state"]
+    assert title.split() == ["name", "size", "tensors", "warm", "dtypes", "state"]
     assert rows[0].startswith("org/broken") and "damaged: " in rows[0]
-    assert re.match(r"org/tiny +10.1 KB +24  BF16, .*as downloaded", rows[1])
+    assert re.match(r"org/tiny +10.1 KB +24 +BF16, .*as downloaded", rows[1])
     assert rows[-1] == f"2 in {storage}, 10.1 KB"
 
 
