@@ -117,7 +117,7 @@ static int resident_by_mincore(const sllmi_source *source, uint64_t offset)
      * can_do_mincore() in mm/mincore.c. */
     char link[32];
     (void)snprintf(link, sizeof link, "/proc/self/fd/%d", source->fd);
-    if (source->at_open.st_uid != geteuid() && access(link, W_OK) != 0) {
+    if (source->at_open.st_uid != geteuid() && eaccess(link, W_OK) != 0) {
         return -1;
     }
     size_t page = (size_t)sysconf(_SC_PAGESIZE);

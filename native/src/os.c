@@ -19,7 +19,8 @@
 #define RWF_NOWAIT 0x00000008
 #endif
 
-#define WORKER_STACK_BYTES (256u * 1024u)
+/* Enough for the device runtimes that run on it; strict overcommit counts every byte. */
+#define WORKER_STACK_BYTES (1u << 20)
 
 static int os_open(const char *path, int flags)
 {
@@ -59,6 +60,9 @@ static int os_thread_create(pthread_t *thread_out, void *(*run)(void *), void *a
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = pthread_create(thread_out, &attributes, run, argument);
+    if (rc == EINVAL) { /* a program's thread-local storage lies in the stack, and may not fit */
+        rc = pthread_create(thread_out, NULL, run, argument);
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
     return rc;

@@ -9,6 +9,8 @@
 #include <sys/types.h>
 #include <sys/vfs.h>
 
+_Static_assert(sizeof(off_t) == 8, "files are larger than 2 GiB: define _FILE_OFFSET_BITS=64");
+
 typedef struct sllmi_os {
     int (*open)(const char *path, int flags);
     int (*close)(int fd);

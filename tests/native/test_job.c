@@ -268,6 +268,19 @@ TEST(fewer_threads_than_asked_for_load_as_well)
     load_end(&load);
 }
 
+/* As a program with large thread-local arrays has it: they are taken from each thread's stack. */
+static _Thread_local volatile char large_storage[3 << 20];
+
+TEST(threads_start_in_a_program_with_much_thread_local_storage)
+{
+    const uint64_t sizes[] = {100000, 0};
+    large_storage[0] = 1;
+    test_load load = load_of_files(sizes);
+    load_add(&load, 0, -1, 0, 100000);
+    check_whole_load(&load);
+    load_end(&load);
+}
+
 TEST(descriptors_of_a_job_are_closed_with_it)
 {
     const uint64_t sizes[] = {40000, 40000, 40000, 0};
