@@ -1,4 +1,4 @@
-"""What `docs/reference/format.md` says that a reader refuses, ours does; what it allows, we read."""
+"""What `docs/reference/format.md` says that a reader refuses, ours does; what it allows is read."""
 
 from __future__ import annotations
 
