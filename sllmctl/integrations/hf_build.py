@@ -89,10 +89,8 @@ def make_skeleton(
         if not issubclass(asked, transformers.PreTrainedModel):
             model_class, config = _choose_class(asked, config, trust_remote_code)
     except Exception as exc:  # whatever a foreign configuration does to the class that reads it
-        reason = str(exc).strip().partition("\n")[0]
         raise ConfigError(
-            f"transformers {transformers.__version__} makes no {asked.__name__} "
-            f"of `{path}`: {reason}",
+            _refusal(asked, path, exc),
             hint=f"its config.json names {', '.join(architectures)}: see hf_model_class"
             if architectures
             else "a newer transformers may know it; code of its own needs trust_remote_code=True",
@@ -123,7 +121,7 @@ def build_model(
 
     Raises:
         CheckpointError: A weight is missing, unexpected or of another shape; the message names it.
-        ConfigError: ``torch_dtype`` is none.
+        ConfigError: ``torch_dtype`` is none, or transformers can do nothing with the rest.
     """
     model_class: Any = skeleton.model_class
     options: dict[str, Any] = {_dtype_keyword(): parse_dtype(torch_dtype)}
@@ -148,6 +146,11 @@ def build_model(
             if not unconverted:
                 raise
             raise _misfit(skeleton, [f"not convertible: {_names(unconverted)}"]) from exc
+        except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as exc:
+            raise ConfigError(
+                _refusal(model_class, skeleton.path, exc),
+                hint="its config.json or an argument makes no sense to that class",
+            ) from exc
     problems = _problems(info)
     if problems:
         raise _misfit(skeleton, problems)
@@ -213,6 +216,16 @@ def _find_class(name: str | type[Any]) -> type[Any]:
             hint="use AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel or a class it defines",
         )
     return found
+
+
+def _refusal(model_class: type[Any], path: Path, exc: Exception) -> str:
+    import transformers
+
+    reason = str(exc).strip().partition("\n")[0]
+    return (
+        f"transformers {transformers.__version__} makes no {model_class.__name__} "
+        f"of `{path}`: {reason}"
+    )
 
 
 def _choose_class(asked: Any, config: Any, trust_remote_code: bool) -> tuple[type[Any], Any]:

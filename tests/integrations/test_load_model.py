@@ -183,6 +183,12 @@ def test_a_required_store_that_is_not_there_is_an_error(
         load_model(original("qwen3"), store="require")
 
 
+@pytest.mark.parametrize("setting", [{"attn_implementation": "magic"}, {"magic": 1}])
+def test_a_setting_that_the_class_does_not_know_is_refused(setting: Any, original: Any) -> None:
+    with pytest.raises(ConfigError, match="makes no Qwen3ForCausalLM of .*magic"):
+        load_model(original("qwen3"), **setting)
+
+
 @pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}])
 def test_every_way_to_say_cpu_loads(device_map: Any, original: Any) -> None:
     model = load_model(original("qwen3"), device_map)
