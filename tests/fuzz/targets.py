@@ -107,7 +107,6 @@ def seeds(target: str) -> list[bytes]:
                 )
             )
         ]
-    four_bits = entry("F4", [4], 2, 4)
     headers: list[tuple[object, int]] = [
         ({}, 0),
         ({"__metadata__": {"format": "pt", "tied": "a"}, "a": entry("BF16", [2, 3], 0, 12)}, 12),
