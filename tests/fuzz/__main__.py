@@ -33,8 +33,8 @@ def run_guided(target: str, inputs: int) -> str | None:
         )
         print("".join(_summary(done.stdout)), end="", flush=True)
         found = [p for p in Path(directory).iterdir() if p.is_file()]
-        (REGRESS / target).mkdir(parents=True, exist_ok=True)
         for path in found:
+            (REGRESS / target).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, REGRESS / target / path.name)
         if done.returncode == 0 and not found:
             return None
