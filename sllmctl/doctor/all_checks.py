@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from sllmctl.doctor.check import CHECKS, GROUPS
-from sllmctl.doctor.checks import cann, driver, environment, packages, python
+from sllmctl.doctor.checks import (
+    cann,
+    container,
+    deep,
+    disk,
+    driver,
+    environment,
+    hub,
+    memory,
+    network,
+    nnal,
+    packages,
+    python,
+    server,
+    sglang,
+    sllm_store,
+    vllm,
+)
 
-MODULES = (driver, cann, environment, python, packages)
+MODULES = (
+    driver, cann, nnal, environment, python, packages, sllm_store, vllm, sglang, network, hub,
+    memory, disk, container, server, deep,
+)  # fmt: skip
 
 _order = list(GROUPS)
 for _id in sorted(CHECKS, key=lambda name: (_order.index(CHECKS[name].group), name)):

@@ -1,0 +1,66 @@
+"""CTR: what a container was given of its host."""
+
+from __future__ import annotations
+
+from sllmctl.doctor.check import Finding, Status, check, env, fail, file, ok, say, skip, warn
+from sllmctl.doctor.checks.driver import SHARED_NODES
+from sllmctl.doctor.machine import Machine
+
+_FILES = (
+    "/usr/local/dcmi",
+    "/usr/local/bin/npu-smi",
+    "/usr/local/Ascend/driver/version.info",
+    "/etc/ascend_install.info",
+)
+
+
+@check(
+    "CTR001",
+    title="the container has what it needs of the driver",
+    why="a container sees only what `docker run` gave it",
+    looks_at="device nodes, driver/lib64, version.info, npu-smi, dcmi and "
+    "ASCEND_RUNTIME_OPTIONS=NODRV",
+)
+def mounts(m: Machine) -> Finding:
+    if not m.in_container or not (m.pci or m.cards):
+        return skip(say("this is no container with cards"))
+    if "NODRV" in m.env.get("ASCEND_RUNTIME_OPTIONS", ""):
+        return fail(
+            say("ASCEND_RUNTIME_OPTIONS=NODRV keeps the driver out of this container"),
+            env("ASCEND_RUNTIME_OPTIONS", m.env["ASCEND_RUNTIME_OPTIONS"]),
+            fix="docker run -e ASCEND_RUNTIME_OPTIONS= ...",
+        )
+    nodes = [f"/dev/{n}" for n in SHARED_NODES if not m.probe.exists(f"/dev/{n}")]
+    if not m.cards:
+        nodes.insert(0, "/dev/davinci0")
+    library = m.find_library("libascend_hal.so") or m.probe.is_dir(f"{m.driver_path}/lib64")
+    needed = nodes + ([] if library else ["/usr/local/Ascend/driver/lib64"])
+    helpful = [path for path in _FILES if not m.probe.exists(path)]
+    missing = needed + helpful
+    if not missing:
+        return ok(say("the container has what it needs of the driver"))
+    options = [f"--device {p}" if p.startswith("/dev/") else f"-v {p}:{p}" for p in missing]
+    made = fail if needed else warn
+    return made(
+        say("the container lacks {names}", names=", ".join(missing)),
+        *(file(path, "missing") for path in missing),
+        fix=f"docker run {' '.join(options)} ...",
+    )
+
+
+@check(
+    "CTR002",
+    title="cards are chosen by the right variable",
+    why="ASCEND_VISIBLE_DEVICES speaks to the container runtime; a process does not read it",
+    looks_at="ASCEND_VISIBLE_DEVICES outside of a container, without ASCEND_RT_VISIBLE_DEVICES",
+    severity=Status.WARN,
+)
+def variable(m: Machine) -> Finding:
+    value = m.env.get("ASCEND_VISIBLE_DEVICES")
+    if value and not m.in_container and "ASCEND_RT_VISIBLE_DEVICES" not in m.env:
+        return warn(
+            say("ASCEND_VISIBLE_DEVICES has no effect here"),
+            env("ASCEND_VISIBLE_DEVICES", value),
+            fix=f"export ASCEND_RT_VISIBLE_DEVICES={value}",
+        )
+    return ok(say("cards are chosen by the right variable, or not at all"))

@@ -1,0 +1,136 @@
+"""HUB: where models come from, and whether the one that is asked for is whole."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+
+from sllmctl.doctor.check import Finding, check, dist, env, fail, file, ok, say, skip, warn
+from sllmctl.doctor.machine import Machine
+
+_TRUE = ("1", "true", "yes", "on")
+_POINTER = "version https://git-lfs"
+
+
+@check(
+    "HUB001",
+    title="the settings of the hubs are right",
+    why="a wrong endpoint fails far from here, with a time-out",
+    looks_at="HF_ENDPOINT; VLLM_USE_MODELSCOPE and SGLANG_USE_MODELSCOPE with modelscope installed",
+    profiles="base convert",
+)
+def settings(m: Machine) -> Finding:
+    endpoint = m.env.get("HF_ENDPOINT", "")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        return fail(
+            say("HF_ENDPOINT has no scheme"),
+            env("HF_ENDPOINT", endpoint),
+            fix=f"export HF_ENDPOINT=https://{endpoint}",
+        )
+    for name in ("VLLM_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"):
+        if m.env.get(name, "").lower() in _TRUE and not m.dists.get("modelscope"):
+            return fail(
+                say("{name} is set, but modelscope is not installed", name=name),
+                env(name, m.env[name]),
+                dist("modelscope", "missing"),
+                fix="pip install modelscope",
+            )
+    return ok(say("the settings of the hubs are right"))
+
+
+def _is_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith(("/", ".", "~"))
+
+
+@check(
+    "HUB002",
+    title="an offline machine has the model",
+    why="offline, a model that is not in the cache cannot be had",
+    looks_at="HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, and the hub cache for --model",
+    profiles="base convert",
+)
+def offline(m: Machine) -> Finding:
+    on = [
+        n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if m.env.get(n, "").lower() in _TRUE
+    ]
+    model = m.options.model
+    if not on or not _is_id(model) or m.probe.is_dir(model):
+        return ok(say("nothing is asked of a hub that is switched off"))
+    home = m.env.get("HF_HOME") or f"{m.probe.host.home}/.cache/huggingface"
+    cache = m.env.get("HF_HUB_CACHE") or f"{home}/hub"
+    path = f"{cache}/models--{model.replace('/', '--')}"
+    if m.probe.listdir(f"{path}/snapshots"):
+        return ok(say("{model} is in the cache", model=model), file(path))
+    return fail(
+        say("{model} is not in the cache, and {name} forbids to fetch it", model=model, name=on[0]),
+        env(on[0], m.env[on[0]]),
+        file(path, "missing"),
+        fix=f"{on[0]}=0 sllmctl convert {model}",
+    )
+
+
+@check(
+    "HUB003",
+    title="the model's directory is there and whole",
+    why="a relative path that does not exist is taken for a hub name",
+    looks_at="--model: the path, config.json, every shard of the index, and files that are only "
+    "pointers of git-lfs",
+    profiles="base convert",
+)
+def model_path(m: Machine) -> Finding:
+    model = m.options.model
+    if not model:
+        return skip(say("--model was not given"))
+    path = model if model.startswith("/") else posixpath.join(m.probe.host.cwd, model)
+    if not m.probe.is_dir(path):
+        elsewhere = posixpath.join(m.probe.host.home, model)
+        if not model.startswith(("/", "~")) and m.probe.is_dir(elsewhere):
+            return warn(
+                say("{model} is relative, and not there from here", model=model),
+                file(path, "missing"),
+                file(elsewhere, "there"),
+                fix=f"export MODEL_PATH={elsewhere}  # give the absolute path",
+            )
+        if _is_id(model):
+            return ok(say("{model} is a hub name", model=model))
+        return fail(
+            say("there is no {path}", path=path),
+            file(path, "missing"),
+            advice=say("give the absolute path of the model"),
+        )
+    if not m.probe.exists(f"{path}/config.json"):
+        return fail(
+            say("the model has no config.json"),
+            file(f"{path}/config.json", "missing"),
+            advice=say("download the model again, with its configuration"),
+        )
+    shards = _shards(m, path)
+    missing = [name for name in shards if not m.probe.exists(f"{path}/{name}")]
+    if missing:
+        return fail(
+            say("{count} of {total} shards are missing: {name}",
+                count=len(missing), total=len(shards), name=missing[0]),
+            *(file(f"{path}/{name}", "missing") for name in missing[:4]),
+            advice=say("finish the download"),
+        )  # fmt: skip
+    for name in shards:
+        node = m.probe.stat(f"{path}/{name}")
+        text = m.probe.read_text(f"{path}/{name}", 200) if node and node.size < 200 else ""
+        if text and text.startswith(_POINTER):
+            return fail(
+                say("{name} is a pointer of git-lfs, not the file", name=name),
+                file(f"{path}/{name}", f"{node.size if node else 0} bytes"),
+                fix=f"git -C {path} lfs pull",
+            )
+    return ok(say("the model's directory is whole"), file(path))
+
+
+def _shards(m: Machine, path: str) -> list[str]:
+    names = [n for n in m.probe.listdir(path) if n.endswith(".safetensors")]
+    for index in m.probe.glob(f"{path}/*.safetensors.index.json"):
+        try:
+            listed = json.loads(m.probe.read_text(index, 64 << 20) or "{}").get("weight_map", {})
+            names += [name for name in listed.values() if isinstance(name, str)]
+        except (ValueError, AttributeError):
+            continue
+    return sorted(set(names))

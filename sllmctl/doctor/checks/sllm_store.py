@@ -1,0 +1,237 @@
+"""STORE: sllm-store, its extensions, its libglog.so, its pool and its files."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+
+from sllmctl.doctor.check import (
+    Finding,
+    Status,
+    check,
+    cmd,
+    dist,
+    fail,
+    file,
+    info,
+    limit,
+    ok,
+    say,
+    skip,
+    warn,
+)
+from sllmctl.doctor.checks.driver import model_bytes
+from sllmctl.doctor.machine import Machine
+
+DIST, MODULE = "serverless-llm-store", "sllm_store"
+PORT = 8073
+CHUNK_BYTES = 32 << 20
+
+
+def package_of(m: Machine) -> str | None:
+    """Directory of the package that Python imports: also that of a source tree."""
+    return m.dists.package(DIST, MODULE)
+
+
+def built_glog(m: Machine, package: str) -> str | None:
+    """The libglog.so that a build left behind, or the environment's own, or None."""
+    source = posixpath.dirname(package)
+    places = m.probe.glob(f"{source}/build/lib.linux-*/{MODULE}/libglog.so")
+    places += m.probe.glob(f"{m.probe.host.prefix}/lib/libglog.so*")
+    for path in places:
+        elf = m.probe.elf(path)
+        if elf is not None and elf.machine == m.arch:
+            return path
+    return None
+
+
+@check(
+    "STORE001",
+    title="sllm-store is installed with its extensions",
+    why="a build without torch leaves the compiled extensions out, without an error",
+    looks_at="_C*.so and _checkpoint_store*.so in the package sllm_store",
+    profiles="store",
+)
+def installed(m: Machine) -> Finding:
+    package = package_of(m)
+    if package is None:
+        if m.dists.get(DIST):
+            return fail(
+                say("the package sllm_store is missing"),
+                dist(DIST, m.dists.version(DIST)),
+                fix="pip install --no-build-isolation --no-deps .  # in the source of sllm-store",
+            )
+        return skip(say("sllm-store is not installed"))
+    missing = [n for n in ("_C", "_checkpoint_store") if not m.probe.glob(f"{package}/{n}*.so")]
+    if missing:
+        return fail(
+            say("sllm-store has no compiled extension: {names}", names=", ".join(missing)),
+            *(file(f"{package}/{name}*.so", "missing") for name in missing),
+            fix="pip install --no-build-isolation --no-deps .  # in the source, torch_npu first",
+        )
+    return ok(say("sllm-store {version}", version=m.dists.version(DIST)), file(package))
+
+
+@check(
+    "STORE002",
+    title="libglog.so lies beside sllm_store",
+    why="the server loads <package>/libglog.so; a link into `build` dies with `rm -rf build`",
+    looks_at="libglog.so in the package: there, no broken link, for this machine",
+    profiles="store",
+    needs=("STORE001",),
+)
+def libglog(m: Machine) -> Finding:
+    package = package_of(m)
+    assert package is not None
+    path = f"{package}/libglog.so"
+    found = built_glog(m, package)
+    fix = f"cp --remove-destination {found} {path}" if found else (
+        "pip install --force-reinstall --no-build-isolation --no-deps .  # in the source"
+    )  # fmt: skip
+    action = "libglog" if found else ""
+    if not m.probe.lexists(path):
+        return fail(
+            say("libglog.so does not lie beside sllm_store"),
+            file(path, "missing"),
+            *([file(found, "built")] if found else []),
+            fix=fix, action=action,
+        )  # fmt: skip
+    if not m.probe.exists(path):
+        target = m.probe.readlink(path)
+        return fail(
+            say("libglog.so beside sllm_store is a broken link"),
+            file(path, f"-> {target}"),
+            fix=fix, action=action,
+        )  # fmt: skip
+    elf = m.probe.elf(path)
+    if elf is not None and elf.machine != m.arch:
+        return fail(
+            say("libglog.so is for {machine}, this machine is {arch}",
+                machine=elf.machine, arch=m.arch),
+            file(path, elf.machine),
+            fix=fix, action=action,
+        )  # fmt: skip
+    return ok(say("libglog.so is here"), file(path))
+
+
+@check(
+    "STORE003",
+    title="the extensions were built for NPU, with this torch",
+    why="a build that does not see CANN falls back to the CPU; another torch changes the ABI",
+    looks_at="the libraries that the extensions need, and whether torch was installed after them",
+    profiles="store",
+    needs=("STORE001",),
+)
+def extensions(m: Machine) -> Finding:
+    package = package_of(m)
+    paths = m.probe.glob(f"{package}/_checkpoint_store*.so") + m.probe.glob(f"{package}/_C*.so")
+    headers = [elf for path in paths if (elf := m.probe.elf(path)) is not None]
+    needed = {name for elf in headers for name in elf.needed}
+    rebuild = (
+        "USE_CANN=1 pip install --force-reinstall --no-build-isolation --no-deps .  # in the source"
+    )
+    if needed and not any(n.startswith(("libtorch_npu", "libascendcl")) for n in needed):
+        return fail(
+            say("sllm-store was built for the CPU: its extensions do not use CANN"),
+            *(file(path, "needs neither libtorch_npu.so nor libascendcl.so") for path in paths),
+            fix=rebuild,
+        )
+    torch = m.dists.get("torch")
+    record = m.probe.stat(f"{torch.info}/RECORD") if torch else None
+    built = [node.mtime for path in paths if (node := m.probe.stat(path))]
+    # A wheel keeps the time of its build in its files, RECORD has that of the installation.
+    if record and built and record.mtime > max(built) + 60:
+        return warn(
+            say("torch was installed after sllm-store was built"),
+            file(f"{torch.info}/RECORD" if torch else "", "newer"),
+            fix=rebuild,
+        )
+    return ok(say("the extensions use CANN"), *(file(path) for path in paths))
+
+
+@check(
+    "STORE005",
+    title="the server of sllm-store answers",
+    why="clients dial 127.0.0.1:8073",
+    looks_at="a TCP connection to 127.0.0.1:8073",
+    severity=Status.INFO,
+    level=1,
+    profiles="store",
+    needs=("STORE001",),
+)
+def server(m: Machine) -> Finding:
+    if m.probe.connects("127.0.0.1", PORT):
+        return ok(say("port {port} answers", port=PORT))
+    return info(
+        say("the server of sllm-store is not running"),
+        cmd(f"127.0.0.1:{PORT}", "refused"),
+        fix="sllm-store start --storage-path ./models --mem-pool-size 4GB",
+    )
+
+
+@check(
+    "STORE006",
+    title="the pool holds the model",
+    why="a pool smaller than the model fails to load it; one that is no multiple of 32 MB to start",
+    looks_at="--mem-pool-size against the bytes of --model, and the chunk of sllm-store",
+    profiles="store",
+)
+def pool(m: Machine) -> Finding:
+    size = m.options.pool_bytes
+    if size is None:
+        return skip(say("--mem-pool-size was not given"))
+    need = model_bytes(m)
+    if need > size:
+        chunks = -(-need // CHUNK_BYTES) * CHUNK_BYTES
+        return fail(
+            say("the pool ({pool} MB) is smaller than the model ({model} MB)",
+                pool=size >> 20, model=need >> 20),
+            limit("--mem-pool-size", size),
+            fix=f"sllm-store start --mem-pool-size {-(-chunks >> 30)}GB",
+        )  # fmt: skip
+    if size % CHUNK_BYTES:
+        return fail(
+            say("the pool is no multiple of sllm-store's chunk (32 MB)"),
+            limit("--mem-pool-size", size),
+            advice=say("sllm-store reads GB as 2^30 bytes: give it whole GB"),
+        )
+    return ok(say("the pool is {pool} MB", pool=size >> 20))
+
+
+@check(
+    "STORE007",
+    title="the model is in sllm-store's format",
+    why="the server reads tensor.data_N and tensor_index.json, not safetensors",
+    looks_at="the files of --model (also in rank_0): tensor_index.json, and every entry inside its "
+    "data files",
+    profiles="store",
+)
+def files(m: Machine) -> Finding:
+    path = m.options.model
+    if not path or not m.probe.is_dir(path):
+        return skip(say("--model is no directory"))
+    base = f"{path}/rank_0" if m.probe.is_dir(f"{path}/rank_0") else path
+    index = f"{base}/tensor_index.json"
+    text = m.probe.read_text(index, 256 << 20)
+    if text is None:
+        return fail(
+            say("the model is not in sllm-store's format"),
+            file(index, "missing"),
+            advice=say("convert it: sllmctl convert MODEL --format sllm-store"),
+        )
+    sizes = [
+        node.size for n in m.probe.listdir(base)
+        if n.startswith("tensor.data_") and (node := m.probe.stat(f"{base}/{n}"))
+    ]  # fmt: skip
+    try:
+        end = max((int(entry[0]) + int(entry[1]) for entry in json.loads(text).values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return fail(say("tensor_index.json cannot be read"), file(index),
+                    advice=say("convert the model again"))  # fmt: skip
+    if end > sum(sizes):
+        return fail(
+            say("the data files are cut short: {have} of {need} bytes", have=sum(sizes), need=end),
+            file(index, f"{end} bytes"),
+            advice=say("convert the model again"),
+        )
+    return ok(say("the model is in sllm-store's format"), file(index))

@@ -1,0 +1,40 @@
+"""Each scenario gives its findings and no others; each check is needed by one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tests.doctor.scenarios_npu
+import tests.doctor.scenarios_use  # noqa: F401  (registers them)
+from sllmctl.doctor.check import CHECKS, Status
+from sllmctl.doctor.examine import examine
+from tests.doctor.scenario import SCENARIOS, build, examined, findings
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_machine_gives_its_findings_and_no_others(name: str) -> None:
+    done = examined(name)
+    said = [f"{o.check.id} {o.finding.summary}" for o in done.outcomes if o.selected]
+    assert findings(done) == SCENARIOS[name].expect, "\n".join(said)
+    summaries = [str(o.finding.summary) for o in done.outcomes if o.check.id in findings(done)]
+    assert SCENARIOS[name].says in " ".join(summaries)
+
+
+@pytest.mark.parametrize("check_id", CHECKS)
+def test_each_check_has_a_scenario_that_needs_it(check_id: str, tmp_path: Path) -> None:
+    """Switch the check off: a scenario that expects its finding no longer gets it."""
+    worst = CHECKS[check_id].severity.value
+    needing = [s for s in SCENARIOS.values() if s.expect.get(check_id) == worst]
+    assert needing, f"no scenario ends with {check_id} {worst}"
+    done = examine(build(needing[0], tmp_path), without=[check_id])
+    assert findings(done) != needing[0].expect
+
+
+@pytest.mark.parametrize("check_id", CHECKS)
+def test_each_check_passes_somewhere(check_id: str) -> None:
+    passed = [
+        name for name in SCENARIOS for o in examined(name).of(Status.PASS) if o.check.id == check_id
+    ]
+    assert passed
