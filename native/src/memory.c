@@ -214,10 +214,10 @@ sllm_status sllm_memory_place(sllm_memory *memory, uint64_t offset, int fd, uint
                           (unsigned long long)bytes, (unsigned long long)offset);
     }
     int flags = MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED;
-    int protection = PROT_READ | (memory->writable ? PROT_WRITE : 0);
-    void *placed =
-        sllmi_sys.mmap(memory->mapping + offset, bytes, protection, flags, fd, (off_t)fd_offset);
-    if (placed == MAP_FAILED) {
+    char *place = memory->mapping + offset;
+    /* In two steps, as in sllm_memory_map(): memory is counted when no mapping is in danger. */
+    if (sllmi_sys.mmap(place, bytes, PROT_READ, flags, fd, (off_t)fd_offset) == MAP_FAILED ||
+        (memory->writable && sllmi_sys.mprotect(place, bytes, PROT_READ | PROT_WRITE) != 0)) {
         int os_errno = errno;
         return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot map %llu bytes of a segment: %s",
                           (unsigned long long)bytes, strerror(os_errno));

@@ -216,6 +216,11 @@ TEST(without_overcommit_a_view_is_read_only_and_nobody_else_is_mapped_over)
     CHECK_STATUS(sllm_memory_create(90000, 10, &fresh, &err), &err, SLLM_E_NOMEM);
     CHECK_U64(err.os_errno, ENOMEM);
     CHECK(fresh == NULL);
+    sllmi_sys.mprotect = before.mprotect;
+    CHECK_OK(sllm_memory_create(90000, 0, &fresh, &err), &err);
+    sllmi_sys.mprotect = strict_mprotect;
+    CHECK_STATUS(sllm_memory_place(fresh, 0, file.fd, 0, 90000, &err), &err, SLLM_E_NOMEM);
+    sllm_memory_destroy(fresh);
     CHECK(stranger == NULL || stranger[0] == 0x55); /* a fault, had it been unmapped */
     sllmi_sys = before;
     file_end(&file);
