@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sllmctl.api import stream_tensors as stream_tensors
 
 _PUBLIC = ("convert", "load_tensors", "save_tensors", "stream_tensors")
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names resolved on first use
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ SllmError                        what the CLI reports in one line; .hint, .exit_
 ├─ HubError                      a model hub refused, failed or cannot be reached
 ├─ StoreError                    its own: StoreUnreachable (ConnectionError)
 └─ NativeError                   .status .os_errno .device_code; its own: ReadError (OSError),
-                                 HostMemoryError (MemoryError), DeviceError and below it DeviceUnavailable
+                                 HostMemoryError (MemoryError), DeviceError and below it
+                                 DeviceUnavailable
 ```
 
 A message is one line that names file, place and numbers; the hint is the next step.

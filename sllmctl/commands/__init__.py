@@ -1,1 +1,4 @@
-"""One command a module: parse, call core, hand the result to the console."""
+"""One command a module: parse, call what is below, hand the result to the console.
+
+What a command needs is imported when it runs: `sllmctl --help` imports them all.
+"""

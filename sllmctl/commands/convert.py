@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllmctl import api
 from sllmctl.commands.options import AsJson, Quiet, StoragePath
 from sllmctl.console import Console
-from sllmctl.core.convert import ConvertResult
 from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
+
+if TYPE_CHECKING:
+    from sllmctl.core.convert import ConvertResult
 
 
 class Dtype(str, Enum):
@@ -104,6 +105,8 @@ def convert(
 
       sllmctl convert ./my-finetune --dtype bfloat16 --output ./models/me/my-finetune
     """
+    from sllmctl import api
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     with console.progress() as progress:
         result = api.run_conversion(

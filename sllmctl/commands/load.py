@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllmctl import api
 from sllmctl.commands.options import AsJson, ChunkSize, Quiet, StoragePath, Threads
 from sllmctl.commands.options import Socket as SocketPath
 from sllmctl.console import Console, Format
-from sllmctl.core.config import resolve_model
-from sllmctl.core.devices import require_cpu
-from sllmctl.core.load import LoadOptions, LoadStats
 from sllmctl.core.units import format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sllmctl.core.load import LoadStats
 
 
 class Store(str, Enum):
@@ -75,6 +73,11 @@ def load(
 
       sllmctl load ./qwen3-8b --prompt "Hello" --max-new-tokens 8
     """
+    from sllmctl import api
+    from sllmctl.core.config import resolve_model
+    from sllmctl.core.devices import require_cpu
+    from sllmctl.core.load import LoadOptions
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     spec = require_cpu(device)
     options = LoadOptions.choose(
@@ -116,6 +119,8 @@ def load(
 
 def _median(runs: list[LoadStats]) -> LoadStats:
     """The run of median time: a real one, so that its parts add up."""
+    import statistics
+
     middle = statistics.median_low(run.elapsed_s for run in runs)
     return next(run for run in runs if run.elapsed_s == middle)
 

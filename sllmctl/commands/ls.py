@@ -8,12 +8,8 @@ from typing import Any
 
 from sllmctl.commands.options import AsJson, Quiet, Socket, StoragePath
 from sllmctl.console import Console
-from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.config import find_models
-from sllmctl.core.config import storage_path as choose_storage_path
 from sllmctl.core.units import format_size
 from sllmctl.errors import CheckpointError, StoreError
-from sllmctl.store.client import StoreClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +58,9 @@ def ls(
 
       sllmctl ls --storage-path /data/models --json
     """
+    from sllmctl.core.config import find_models
+    from sllmctl.core.config import storage_path as choose_storage_path
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     storage = choose_storage_path(storage_path)
     warm = _warm_bytes(socket)
@@ -90,6 +89,8 @@ def ls(
 
 def _warm_bytes(socket: Path | None) -> dict[str, int]:
     """What a store holds of each model, by name; nothing where none answers."""
+    from sllmctl.store.client import StoreClient
+
     try:
         with StoreClient(socket) as client:
             models = client.ask({"op": "status"})["models"]
@@ -99,6 +100,8 @@ def _warm_bytes(socket: Path | None) -> dict[str, int]:
 
 
 def _look(name: str, path: Path, warm_bytes: int) -> _Row:
+    from sllmctl.core.checkpoint import open_checkpoint
+
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as exc:

@@ -11,9 +11,6 @@ from typing import Annotated
 import typer
 
 from sllmctl.commands.options import Socket, StoragePath, Threads
-from sllmctl.core.config import find_models
-from sllmctl.core.config import storage_path as choose_storage_path
-from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.units import format_size, parse_size
 from sllmctl.errors import ConfigError
 
@@ -63,9 +60,13 @@ def serve(
 
       sllmctl serve --mem-pool-size 50% --preload Qwen/Qwen3-8B
     """
-    from sllmctl.store.daemon import Daemon, Settings
+    from sllmctl.core.config import find_models
+    from sllmctl.core.config import storage_path as choose_storage_path
+    from sllmctl.core.host import available_memory_bytes
+    from sllmctl.store.daemon import Daemon
     from sllmctl.store.pool import choose_segment_bytes
     from sllmctl.store.protocol import server_socket
+    from sllmctl.store.service import Settings
 
     available = available_memory_bytes()
     pool_bytes = _pool_bytes(mem_pool_size, available)

@@ -12,7 +12,6 @@ from sllmctl.commands.options import AsJson, Quiet, Socket
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError, StoreError
-from sllmctl.store.client import StoreClient
 
 _BAR_CELLS = 40
 _WATCH_EVERY_S = 1.0
@@ -32,6 +31,8 @@ def status(
 
       sllmctl status --json
     """
+    from sllmctl.store.client import StoreClient
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     with StoreClient(socket) as client:
         while True:
@@ -85,6 +86,8 @@ def warm(
 
 
 def _warm_one(console: Console, name: str, pin: bool, socket: Path | None) -> dict[str, Any]:
+    from sllmctl.store.client import StoreClient
+
     started = time.perf_counter()
     with StoreClient(socket) as client, console.progress() as progress:
         attached = client.ask({"op": "warm", "name": name, "pin": pin})
@@ -123,6 +126,8 @@ def evict(
 
       sllmctl evict --all
     """
+    from sllmctl.store.client import StoreClient
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     if bool(models) == everything:
         raise ConfigError("say which models to evict", hint="name them, or give --all")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sllmctl.commands.options import AsJson, Quiet, StoragePath
 from sllmctl.console import Console
-from sllmctl.core.config import resolve_model
 from sllmctl.core.units import format_rate, format_seconds, format_size
-from sllmctl.core.verify import VerifyReport
-from sllmctl.core.verify import verify as verify_checkpoint
+
+if TYPE_CHECKING:
+    from sllmctl.core.verify import VerifyReport
 
 EXIT_PROBLEMS = 3
 
@@ -33,6 +33,9 @@ def verify(
 
       sllmctl verify ./models/qwen3-8b --json
     """
+    from sllmctl.core.config import resolve_model
+    from sllmctl.core.verify import verify as verify_checkpoint
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     path = resolve_model(model, storage_path)
     with console.progress() as progress:

@@ -26,6 +26,8 @@ from sllmctl.core.oscalls import exchange, rename_new, sync_directory
 from sllmctl.errors import CheckpointError, ConfigError
 
 _STATE_NAME = ".sllmctl-state"
+_MODEL_FILES = {MANIFEST_NAME, "config.json", "tokenizer_config.json"}
+"""A directory with one of these is a model's: a tokenizer may be saved before its weights."""
 _FORCE_HINT = "replace it with --force, or choose another place with --output"
 
 log = logging.getLogger(__name__)
@@ -213,9 +215,9 @@ def require_replaceable(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise _exists(path)
-    if MANIFEST_NAME not in names and not any(name.endswith(SUFFIX) for name in names):
+    if not _MODEL_FILES.intersection(names) and not any(name.endswith(SUFFIX) for name in names):
         raise ConfigError(
-            f"`{path}` holds {len(names)} entries and no checkpoint: it is not replaced",
+            f"`{path}` holds {len(names)} entries and no model: it is not replaced",
             hint="choose another place with --output, or remove it yourself",
         )
 

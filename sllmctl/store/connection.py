@@ -8,10 +8,8 @@ import os
 import socket
 import stat
 import struct
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from sllmctl import __version__
 from sllmctl.errors import SllmError, StoreError
@@ -28,9 +26,7 @@ from sllmctl.store.protocol import (
     receive,
 )
 from sllmctl.store.residency import Lease, Piece, StoredModel
-
-if TYPE_CHECKING:
-    from sllmctl.store.daemon import Daemon
+from sllmctl.store.service import Service
 
 log = logging.getLogger(__name__)
 MAX_QUEUED_BYTES = 8 << 20
@@ -45,8 +41,12 @@ class Connection:
     dropped; its lease ends with the connection.
     """
 
-    def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        self.daemon = daemon
+    def __init__(
+        self, service: Service, sock: socket.socket, on_end: Callable[[Connection], None]
+    ) -> None:
+        self._service = service
+        self._keeper = service.keeper
+        self._on_end = on_end
         self.pid, self.uid, _ = struct.unpack(
             "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         )
@@ -79,8 +79,8 @@ class Connection:
         close_fds(self._fds)
         self._fds = []
         if self._lease is not None:
-            self.daemon.keeper.release(self._lease)
-        self.daemon.connections.discard(self)
+            self._keeper.release(self._lease)
+        self._on_end(self)
 
     def send(self, message: Message, segments: Sequence[Segment] = ()) -> None:
         """Queue a message; readers of `segments` travel with it."""
@@ -147,7 +147,7 @@ class Connection:
             close_fds(fds)
 
     def _refuse(self, exc: SllmError) -> None:
-        self.daemon.keeper.counters.errors += 1
+        self._keeper.counters.errors += 1
         self.send({"event": "error", "kind": exc.kind, "message": str(exc), "hint": exc.hint})
 
     def _handle(self, message: Message, fds: list[int]) -> None:
@@ -160,7 +160,7 @@ class Connection:
             return
         requests: dict[object, Callable[[Message], None]] = {
             "attach": self._attach,
-            "status": lambda _: self.send(self.daemon.status()),
+            "status": lambda _: self.send(self._service.status()),
             "warm": self._warm,
             "evict": self._evict,
             "detach": self._detach,
@@ -192,7 +192,7 @@ class Connection:
                 "version": VERSION,
                 "sllmctl": __version__,
                 "pid": os.getpid(),
-                "segment_bytes": self.daemon.keeper.pool.segment_bytes,
+                "segment_bytes": self._keeper.pool.segment_bytes,
             }
         )
 
@@ -226,11 +226,11 @@ class Connection:
             close_fds(fds)
 
     def _warm(self, message: Message) -> None:
-        self.daemon.require_trusted(self)
+        self._service.require_trusted(self.uid)
         name = message.get("name")
         if not isinstance(name, str) or self._lease is not None:
             raise StoreError("one warm a connection, of a model's name")
-        shards, fds = self.daemon.open_model(name)
+        shards, fds = self._service.open_model(name)
         try:
             self._use(name, shards, fds, trusted_name=True, hand_out=False)
         finally:
@@ -247,8 +247,6 @@ class Connection:
         trusted_name: bool,
         hand_out: bool = True,
     ) -> None:
-        keeper = self.daemon.keeper
-
         def arrived(pieces: list[Piece]) -> None:
             self._send_pieces(model, pieces, hand_out=hand_out)
 
@@ -263,7 +261,7 @@ class Connection:
                 }
             )
 
-        lease = self._lease = keeper.attach(
+        lease = self._lease = self._keeper.attach(
             name,
             shards,
             fds,
@@ -295,33 +293,25 @@ class Connection:
 
     def _detach(self, _: Message) -> None:
         if self._lease is not None:
-            self.daemon.keeper.release(self._lease)
+            self._keeper.release(self._lease)
             self._lease = None
         self._shards = []
         self.send({"event": "detached"})
 
     def _evict(self, message: Message) -> None:
-        self.daemon.require_trusted(self)
-        keeper = self.daemon.keeper
+        self._service.require_trusted(self.uid)
         name = message.get("name")
-        models = [model for model in keeper.models.values() if name in (None, model.name)]
+        models = [model for model in self._keeper.models.values() if name in (None, model.name)]
         if name is not None and not models:
             raise StoreError(f"the store holds no `{name}`", hint="see `sllmctl status`")
         freed, kept = 0, []
         for model in models:
             try:
                 held = model.warm_bytes
-                keeper.evict(model)
+                self._keeper.evict(model)
                 freed += held
             except StoreError as exc:
                 if name is not None:
                     raise
                 kept.append(str(exc))
         self.send({"event": "evicted", "bytes": freed, "kept": kept})
-
-    def document(self) -> Message | None:
-        """The lease, as `status` shows it."""
-        if self._lease is None:
-            return None
-        age_s = time.monotonic() - self._lease.since_s
-        return {"pid": self.pid, "model": self._lease.model.name, "age_s": age_s}

@@ -10,46 +10,21 @@ import resource
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.errors import CheckpointError, ConfigError, StoreError
+from sllmctl.errors import ConfigError, StoreError
 from sllmctl.store.connection import Connection
+from sllmctl.store.filler import identify
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import MAX_SHARDS, Message, close_fds
+from sllmctl.store.protocol import close_fds
+from sllmctl.store.service import Service, Settings
 
 log = logging.getLogger(__name__)
 _REAP_EVERY_S = 0.5
 _BACKLOG = 1024
-PAGE_BYTES = os.sysconf("SC_PAGESIZE")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to serve.
-
-    Attributes:
-        storage: Where names are looked up.
-        socket_path: Where to listen.
-        pool_bytes: Budget of memory.
-        segment_bytes: Size of a segment.
-        group: Members of this group may use the store, too.
-        preload: Names of models to warm at the start.
-        threads: Reader threads of one fill; 0 for the library's choice.
-    """
-
-    storage: Path
-    socket_path: Path
-    pool_bytes: int
-    segment_bytes: int
-    group: int | None = None
-    preload: Sequence[str] = ()
-    threads: int = 0
 
 
 class Daemon:
@@ -57,13 +32,13 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.connections: set[Connection] = set()
-        self.started_s = time.monotonic()
+        self._connections: set[Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._stop = threading.Event()
         self.keeper = Keeper(
             Pool(settings.pool_bytes, settings.segment_bytes), self._call_soon, settings.threads
         )
+        self.service = Service(settings, self.keeper)
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT; ``ready`` is called when clients can come.
@@ -93,108 +68,16 @@ class Daemon:
             listener.close()
             with suppress(OSError):
                 self.settings.socket_path.unlink()
-            for connection in list(self.connections):
+            for connection in list(self._connections):
                 self._loop.call_soon(connection.end)
             self._loop.call_soon(self._loop.stop)
             self._loop.run_forever()
             self.keeper.close()
             self._loop.close()
 
-    def status(self) -> Message:
-        """The document that `sllmctl status --json` prints."""
-        keeper, pool = self.keeper, self.keeper.pool
-        now = time.monotonic()
-        models = list(keeper.models.values())
-        held = [model.warm_bytes for model in models]
-        in_use = sum(len(model.warm) + len(model.coming) for model in models)
-        leases = [connection.document() for connection in self.connections]
-        return {
-            "event": "status",
-            "schema": "sllmctl.status/1",
-            "pid": os.getpid(),
-            "uptime_s": now - self.started_s,
-            "socket": str(self.settings.socket_path),
-            "pool": {
-                "bytes": pool.bytes,
-                "used_bytes": in_use * pool.segment_bytes,
-                "pinned_bytes": sum(len(m.warm) for m in models if m.pinned) * pool.segment_bytes,
-                "leased_bytes": sum(len(m.warm) for m in models if m.leases) * pool.segment_bytes,
-                "orphaned_bytes": pool.orphaned_bytes,
-                "segment_bytes": pool.segment_bytes,
-                "page_bytes": PAGE_BYTES,
-                "locked": pool.locked,
-                "prefaulted_bytes": pool.prefaulted_bytes,
-            },
-            "models": [
-                {
-                    "name": model.name,
-                    "bytes": model.nbytes,
-                    "warm_bytes": warm_bytes,
-                    "state": model.state,
-                    "pinned": model.pinned,
-                    "leases": len(model.leases),
-                    "last_used_s": now - model.last_used_s,
-                }
-                for model, warm_bytes in zip(models, held, strict=True)
-            ],
-            "leases": [lease for lease in leases if lease is not None],
-            "counters": {
-                "loads": keeper.counters.loads,
-                "bytes_disk": keeper.counters.bytes_disk,
-                "bytes_warm": keeper.counters.bytes_warm,
-                "evictions": keeper.counters.evictions,
-                "errors": keeper.counters.errors,
-            },
-        }
-
-    def require_trusted(self, connection: Connection) -> None:
-        """Names, and what others have warm, are the daemon's own user's business, and root's.
-
-        Raises:
-            StoreError: The client is another user, and not let in by ``--group``.
-        """
-        if connection.uid in (os.geteuid(), 0) or self.settings.group is not None:
-            return
-        raise StoreError(
-            f"user {connection.uid} may attach files, and not use names",
-            hint="run the command as the user who runs the store",
-        )
-
-    def open_model(self, name: str) -> tuple[list[tuple[str, int]], list[int]]:
-        """Open the shards of a model below the storage path; the caller closes them.
-
-        Raises:
-            StoreError: There is none, or the name leads out of the storage path.
-        """
-        root = Path(os.path.realpath(self.settings.storage))
-        path = Path(os.path.realpath(root / name)) if "\0" not in name else root
-        if not name or Path(name).is_absolute() or path == root or root not in path.parents:
-            raise StoreError(f"`{name}` is no name of a model below `{self.settings.storage}`")
-        try:
-            checkpoint = open_checkpoint(path)
-        except CheckpointError as exc:
-            raise StoreError(str(exc), hint=exc.hint) from exc
-        shards, fds = [], []
-        try:
-            for shard in checkpoint.shards[:MAX_SHARDS]:
-                real = Path(os.path.realpath(shard.path))
-                if root not in real.parents:
-                    raise StoreError(f"`{shard.path}` leads out of `{self.settings.storage}`")
-                fds.append(os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
-                shards.append((shard.path.name, os.fstat(fds[-1]).st_size))
-        except OSError as exc:
-            close_fds(fds)
-            raise StoreError(f"cannot open `{exc.filename}`: {exc.strerror}") from exc
-        except BaseException:
-            close_fds(fds)
-            raise
-        return shards, fds
-
     def _preload(self, name: str) -> None:
-        from sllmctl.store.filler import identify
-
         try:
-            shards, fds = self.open_model(name)
+            shards, fds = self.service.open_model(name)
         except StoreError as exc:
             raise ConfigError(f"cannot preload `{name}`: {exc}", hint=exc.hint) from exc
 
@@ -224,7 +107,7 @@ class Daemon:
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 log.warning("no descriptor left for another client: raise `ulimit -n`")
             return
-        self.connections.add(Connection(self, sock))
+        self._connections.add(Connection(self.service, sock, self._connections.discard))
 
     def _reap(self) -> None:
         self.keeper.pool.reap()

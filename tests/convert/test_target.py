@@ -30,7 +30,7 @@ def test_a_directory_with_anything_in_it_is_not_touched(source: Path, target: Pa
     (target / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(ConfigError, match="is there already"):
         convert(source, target)
-    with pytest.raises(ConfigError, match="holds 1 entries and no checkpoint: it is not replaced"):
+    with pytest.raises(ConfigError, match="holds 1 entries and no model: it is not replaced"):
         convert(source, target, force=True)
     assert files_of(target) == {"thesis.txt": b"irreplaceable"}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import sllmctl
 from sllmctl.errors import ConfigError
 from sllmctl.transformers import load_model, save_model
-from tests.models import AUTO_CLASS, MODEL_NAMES, same_bits
+from tests.models import AUTO_CLASS, MODEL_NAMES, make_model, same_bits
 
 Tensors = dict[str, torch.Tensor]
 
@@ -182,3 +182,13 @@ def test_a_directory_that_holds_no_checkpoint_is_not_replaced(qwen3: Any, tmp_pa
     with pytest.raises(ConfigError, match="not replaced"):
         save_model(qwen3, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+
+
+def test_a_tokenizer_may_be_saved_before_its_model(tmp_path: Path) -> None:
+    source = make_model("qwen3", tmp_path / "source")
+    target = tmp_path / "target"
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    tokenizer = (target / "tokenizer.json").read_bytes()
+    save_model(load_model(source), target)
+    assert (target / "tokenizer.json").read_bytes() == tokenizer
+    assert load_model(target).config.model_type == "qwen3"
