@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sllmctl.commands.options import AsJson, Quiet
 from sllmctl.console import Console
 from sllmctl.core.units import parse_size
-from sllmctl.doctor.check import CHECKS, PROFILES
+from sllmctl.doctor.check import CHECKS, PROFILES, Status
 from sllmctl.doctor.document import document
 from sllmctl.doctor.examine import Examination, examine, matching
+from sllmctl.doctor.fix import plan
+from sllmctl.doctor.log_signatures import read_log
 from sllmctl.doctor.machine import Machine, Options
 from sllmctl.doctor.probe import Probe, TreeProbe
-from sllmctl.doctor.redact import hide_secrets
+from sllmctl.doctor.redact import Redactor, hide_secrets
+from sllmctl.doctor.report import differences, markdown, read_document
 from sllmctl.doctor.tables import load_tables
 from sllmctl.doctor.text import LANGUAGES, language_of
-from sllmctl.doctor.view import View, explain, lines, listing
+from sllmctl.doctor.view import View, explain, lines, listing, log_lines
+from sllmctl.errors import ConfigError
 
-_Text = Annotated[str, typer.Option(show_default=False)]
+EXIT_FINDINGS = 3
 
 
 def doctor(
@@ -76,6 +81,22 @@ def doctor(
     tables: Annotated[
         Path | None, typer.Option("--tables", help="Version tables other than this release's.")
     ] = None,
+    log: Annotated[
+        str, typer.Option("--log", metavar="FILE", help="Explain an error log; - reads stdin.")
+    ] = "",
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what can be mended here, after asking.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what --fix would do.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    report: Annotated[
+        str,
+        typer.Option("--report", metavar="FILE", help="Write a redacted report; - is stdout."),
+    ] = "",
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="FILE", help="Compare with another machine's --json."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show what passed, too.")
     ] = False,
@@ -110,16 +131,135 @@ def doctor(
         ),
         load_tables(tables),
     )
+    if log:
+        _explain_log(log, machine, console, view)
+        return
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     done = examine(machine, only=_ids(only, "--only"), without=_ids(skip, "--skip"))
+    if fix:
+        _fix(done, console, view, dry_run=dry_run, yes=yes)
+        return
     code = done.exit_code(strict=strict)
-    console.result(
-        document(done, started=started, exit_code=code),
-        quiet=_verdict_word(done),
-        human=lines(done, view),
-    )
+    whole = document(done, started=started, exit_code=code)
+    if compare is not None:
+        code = _compare(whole, compare, console)
+    elif report == "-":
+        _print(markdown(whole).splitlines())
+    else:
+        if report:
+            _write_report(report, markdown(whole), console)
+        console.result(whole, quiet=_verdict_word(done), human=lines(done, view))
     if code:
         raise typer.Exit(code)
+
+
+def _explain_log(name: str, machine: Machine, console: Console, view: View) -> None:
+    try:
+        with (
+            contextlib.nullcontext(sys.stdin)
+            if name == "-"
+            else Path(name).open(encoding="utf-8", errors="replace")
+        ) as source:
+            matches = read_log(source, machine.tables)
+    except OSError as exc:
+        raise ConfigError(f"cannot read `{name}`: {exc.strerror}") from exc
+    ids = [id for id in CHECKS if any(id in match.checks for match in matches)]  # noqa: A001
+    done = examine(machine, only=ids) if ids else None
+    redact = Redactor(machine.probe.host)
+    found = {
+        "schema": "sllmctl.doctor-log/1",
+        "matches": [
+            {
+                "id": match.id,
+                "line_number": match.line_number,
+                "line": redact(match.line),
+                "count": match.count,
+                "cause": str(match.cause),
+                "checks": list(match.checks),
+            }
+            for match in matches
+        ],
+        "checks": document(done, started="", exit_code=0)["checks"] if done else [],
+    }
+    found["checks"] = [check for check in found["checks"] if check["id"] in ids]
+    console.result(found, quiet=len(matches), human=log_lines(matches, done, view))
+    if matches:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _fix(done: Examination, console: Console, view: View, *, dry_run: bool, yes: bool) -> None:
+    actions = plan(done)
+    if not actions:
+        console.result(
+            {"schema": "sllmctl.doctor-fix/1", "actions": [], "done": False},
+            quiet=0,
+            human=[view.say("There is nothing here that --fix could mend.")],
+        )
+        return
+    human = [view.say("This is what --fix does:")]
+    for action in actions:
+        human += [
+            f"  {' '.join(action.checks)}: {view.say(action.what)}",
+            f"      {view.say('to take it back:')} {action.undo}",
+        ]
+    if not dry_run:
+        if not yes:
+            if not sys.stdin.isatty():
+                raise ConfigError("nobody is here to answer", hint="give --yes, or --dry-run")
+            _print(human)
+            human = []
+            if not typer.confirm(view.say("Do it?")):
+                raise typer.Exit(1)
+        for action in actions:
+            action.apply()
+            human.append(f"{view.mark(Status.PASS)} {view.say(action.what)}")
+            if action.after:
+                human.append(f"  {view.say(action.after)}")
+        # A changed file can be looked at again; a changed environment needs a new shell.
+        again = [id for a in actions if a.name != "env" for id in a.checks]  # noqa: A001
+        if again:
+            machine = done.machine
+            mended = examine(Machine(machine.probe, machine.options, machine.tables), only=again)
+            human += [
+                f"  {view.mark(o.finding.status)} {o.check.id} {view.say(o.finding.summary)}"
+                for o in mended.outcomes
+                if o.check.id in again
+            ]
+    console.result(
+        {
+            "schema": "sllmctl.doctor-fix/1",
+            "actions": [
+                {"name": a.name, "checks": list(a.checks), "what": str(a.what), "undo": a.undo}
+                for a in actions
+            ],
+            "done": not dry_run,
+        },
+        quiet=len(actions),
+        human=human,
+    )
+
+
+def _compare(here: dict[str, Any], path: Path, console: Console) -> int:
+    found = differences(here, read_document(path))
+    console.result(
+        {
+            "schema": "sllmctl.doctor-compare/1",
+            "differences": [{"what": w, "here": h, "there": t} for w, h, t in found],
+        },
+        quiet=len(found),
+        human=console.table(["what", "here", "there"], [list(row) for row in found])
+        if found
+        else ["both machines are alike"],
+    )
+    return EXIT_FINDINGS if found else 0
+
+
+def _write_report(name: str, text: str, console: Console) -> None:
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"cannot write `{name}`: {exc.strerror}") from exc
+    console.warn(f"the report is in `{name}`; read it before you send it")
 
 
 def _verdict_word(done: Examination) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sllmctl.doctor.check import CHECKS, GROUPS
 from sllmctl.doctor.checks import (
     cann,
+    cards,
     container,
     deep,
     disk,
@@ -23,8 +24,8 @@ from sllmctl.doctor.checks import (
 )
 
 MODULES = (
-    driver, cann, nnal, environment, python, packages, sllm_store, vllm, sglang, network, hub,
-    memory, disk, container, server, deep,
+    driver, cards, cann, nnal, environment, python, packages, sllm_store, vllm, sglang, network,
+    hub, memory, disk, container, server, deep,
 )  # fmt: skip
 
 _order = list(GROUPS)

@@ -214,6 +214,16 @@ class Machine:
         return int(match[1]) if match else None
 
     @cached_property
+    def model_bytes(self) -> int:
+        """Bytes of the shards of ``options.model``, where that is a directory; else 0."""
+        path = self.options.model
+        if not path or not self.probe.is_dir(path):
+            return 0
+        names = [n for n in self.probe.listdir(path) if n.endswith((".safetensors", ".bin"))]
+        nodes = [self.probe.stat(f"{path}/{name}") for name in names]
+        return sum(node.size for node in nodes if node)
+
+    @cached_property
     def has_ascend(self) -> bool:
         """Whether anything of Ascend is here: a card, CANN, torch_npu or vllm-ascend."""
         return bool(

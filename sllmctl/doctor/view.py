@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sllmctl.doctor.advice import Row
 from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
 from sllmctl.doctor.examine import Examination, Outcome
+from sllmctl.doctor.log_signatures import Match
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.redact import Hide
 from sllmctl.doctor.text import Text, say, translate
@@ -134,7 +135,7 @@ def _problem(outcome: Outcome, view: View) -> list[str]:
         lead = fix if not finding.fix else " " * _width(fix)
         out.append(f"{indent}{lead} {view.say(finding.advice)}")
     if finding.action:
-        out.append(f"{indent}{' ' * _width(fix)} sllmctl doctor --fix {check.id}")
+        out.append(f"{indent}{' ' * _width(fix)} sllmctl doctor --fix --only {check.id}")
     return out
 
 
@@ -197,6 +198,27 @@ def _counts(done: Examination, view: View) -> list[str]:
         for reason, ids in reasons.items():
             names = " ".join(ids) if len(ids) <= 6 or view.verbose else str(len(ids))
             out.append(f"  {names}: {reason}")
+    return out
+
+
+def log_lines(matches: list[Match], done: Examination | None, view: View) -> list[str]:
+    """What an error log says, and how the checks behind it stand on this machine."""
+    if not matches:
+        return [view.say("No line of this log is a known one.")]
+    out = []
+    for match in matches:
+        times = view.say(say("{count} times", count=match.count)) if match.count > 1 else ""
+        out.append(f"{view.mark(Status.FAIL)} {view.say(match.cause)}")
+        place = view.say(say("line {number}", number=match.line_number))
+        shown = match.line if len(match.line) <= 160 else match.line[:157] + "..."
+        out.append(f"    {', '.join(filter(None, [place, times]))}: {view.hide(shown)}")
+        for name in match.checks:
+            out.append(f"    sllmctl doctor --explain {name}")
+    if done is not None:
+        out += ["", view.say("On this machine:")]
+        for outcome in done.outcomes:
+            if outcome.selected:
+                out += _problem(outcome, view)
     return out
 
 

@@ -79,8 +79,8 @@ class Tree:
                 place.unlink()
 
     def elf(
-        self, path: str, machine: str = "", needed: Sequence[str] = (), versions: Sequence[str] = (),
-        runpath: str = "",
+        self, path: str, machine: str = "", needed: Sequence[str] = (),
+        versions: Sequence[str] = (), runpath: str = "",
     ) -> None:  # fmt: skip
         self.file(path, shared_library(machine or self.arch, needed, versions, runpath))
 

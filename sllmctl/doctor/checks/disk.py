@@ -18,7 +18,6 @@ from sllmctl.doctor.check import (
     skip,
     warn,
 )
-from sllmctl.doctor.checks.driver import model_bytes
 from sllmctl.doctor.machine import Machine
 
 _GIB = 1 << 30
@@ -70,7 +69,7 @@ def room(m: Machine) -> Finding:
     if path is None or space is None:
         return skip(say("how much room is left is not known"))
     seen = limit(path, f"{space.free_bytes} of {space.total_bytes} bytes free")
-    need = model_bytes(m)
+    need = m.model_bytes
     if space.free_bytes < max(need, _GIB):
         return fail(
             say("{path} has only {free} MB left", path=path, free=space.free_bytes >> 20),

@@ -27,7 +27,7 @@ PORTS = {"store": (8073, "sllm-store"), "vllm": (8000, "vLLM"), "sglang": (30000
 _PROXY_NAMES = re.compile(r"^(no_|http_|https_|grpc_|all_|no_grpc_)proxy$", re.IGNORECASE)
 
 
-def _bypass(m: Machine) -> str:
+def bypass(m: Machine) -> str:
     """The export that keeps loopback off the proxy, with what is listed already."""
     old = m.env.get("no_proxy") or m.env.get("NO_PROXY") or ""
     entries = [e.strip() for e in old.split(",") if e.strip() and e.strip() != "*"]
@@ -57,7 +57,7 @@ def grpc(m: Machine) -> Finding:
     return made(
         say("gRPC to {hosts} goes through a proxy", hosts=", ".join(through)),
         *_seen(m),
-        fix=_bypass(m),
+        fix=bypass(m),
         action="env",
     )
 
@@ -76,7 +76,7 @@ def http(m: Machine) -> Finding:
     return warn(
         say("HTTP to {hosts} goes through a proxy", hosts=", ".join(through)),
         *_seen(m),
-        fix=_bypass(m),
+        fix=bypass(m),
         action="env",
     )
 

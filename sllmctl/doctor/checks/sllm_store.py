@@ -20,7 +20,6 @@ from sllmctl.doctor.check import (
     skip,
     warn,
 )
-from sllmctl.doctor.checks.driver import model_bytes
 from sllmctl.doctor.machine import Machine
 
 DIST, MODULE = "serverless-llm-store", "sllm_store"
@@ -180,7 +179,7 @@ def pool(m: Machine) -> Finding:
     size = m.options.pool_bytes
     if size is None:
         return skip(say("--mem-pool-size was not given"))
-    need = model_bytes(m)
+    need = m.model_bytes
     if need > size:
         chunks = -(-need // CHUNK_BYTES) * CHUNK_BYTES
         return fail(

@@ -1,0 +1,94 @@
+"""Explaining an error log: known lines, their causes, and the checks that look for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sllmctl.doctor.tables import Signature, Tables
+from sllmctl.doctor.text import Text, say
+
+LINE_CHARS = 2000
+# A bare number is a code only beside a word that says so: sizes and process ids are numbers too.
+_CODE = r"\b(?:err(?:or)?|ret(?:urn(?:ed)?|code)?|rtn|code|result)\b[^\n]{{0,24}}?\b{0}\b"
+_NUMBER = re.compile(r"<(\d{5,6})>")
+_TRAILER = re.compile(r"\bERR(\d{2})(\d{3})\b")
+_EXCEPTION = re.compile(r"^\s*(?:[\w.]+(?:Error|Exception|Interrupt|Exit)\b.*|terminate called.*)$")
+_NOTHING = "ERR99999"
+
+# The trailer that torch_npu prints after an exception.
+# Source: torch_npu/csrc/core/npu/NPUException.h
+MODULES = {"00": "PTA", "01": "OPS", "02": "DIST", "03": "GRAPH", "04": "PROF", "99": "UNKNOWN"}
+KINDS = {
+    "001": "invalid parameter", "002": "invalid type", "003": "invalid value",
+    "004": "invalid pointer", "005": "internal error", "006": "memory error",
+    "007": "feature not supported", "008": "resource not found", "009": "resource unavailable",
+    "010": "system call failed", "011": "timeout", "012": "permission denied",
+    "100": "a call of the ACL API failed", "200": "a call of the HCCL API failed",
+    "300": "a call of the GE API failed",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A known line: where it stands first, how often, what it means, which checks to look at."""
+
+    id: str
+    line_number: int
+    line: str
+    count: int
+    cause: Text
+    checks: tuple[str, ...]
+
+
+def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
+    """Find the known lines of a log, in their order; each signature once.
+
+    Where nothing is known but torch_npu's `ERR99999` stands (it follows every exception and says
+    nothing), the exception before it is returned, as signature "".
+    """
+    known = [(signature, _compile(signature)) for signature in tables.signatures]
+    found: dict[str, Match] = {}
+    before: tuple[int, str] | None = None
+    unknown: tuple[int, str] | None = None
+    for number, raw in enumerate(lines, 1):
+        line = raw[:LINE_CHARS].rstrip()
+        if _NOTHING in line:
+            unknown = unknown or before
+            continue
+        if _EXCEPTION.match(line):
+            before = number, line
+        hit = next((s for s, pattern in known if pattern.search(line)), None)
+        if hit is not None:
+            _add(found, hit.id, number, line, say(hit.cause), hit.checks)
+        elif match := _TRAILER.search(line):
+            kind = KINDS.get(match[2])
+            if kind and match[1] in MODULES:
+                cause = say("torch_npu ({module}): {kind}", module=MODULES[match[1]], kind=kind)
+                _add(found, match[0], number, line, cause, ())
+    if not found and unknown:
+        cause = say("this is the real error; ERR99999 after it says nothing")
+        found[""] = Match("", unknown[0], unknown[1].strip(), 1, cause, ())
+    return list(found.values())
+
+
+def _add(
+    found: dict[str, Match],
+    id: str,  # noqa: A002
+    number: int,
+    line: str,
+    cause: Text,
+    checks: tuple[str, ...],
+) -> None:
+    if id in found:
+        old = found[id]
+        found[id] = Match(id, old.line_number, old.line, old.count + 1, cause, checks)
+    else:
+        found[id] = Match(id, number, line.strip(), 1, cause, checks)
+
+
+def _compile(signature: Signature) -> re.Pattern[str]:
+    return re.compile(
+        _NUMBER.sub(lambda match: "(?i:" + _CODE.format(match[1]) + ")", signature.pattern)
+    )
