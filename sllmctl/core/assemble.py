@@ -24,6 +24,7 @@ from sllmctl.core.manifest import (
     ShardDigest,
     format_manifest,
 )
+from sllmctl.core.oscalls import start_writeback
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.scan import scan_files
 from sllmctl.core.sources import FoundFile, Weights
@@ -240,6 +241,7 @@ def _copy_file(directory: Path, file: FoundFile) -> FileDigest:
                 source.read_into(start, buffer, 0, nbytes)
                 hasher.update(buffer.view[:nbytes])
                 write_all(copy.fileno(), buffer.view[:nbytes], start, path)
+                start_writeback(copy.fileno(), start, nbytes)
             os.fsync(copy.fileno())
     except OSError as exc:
         raise write_error(path, 0, exc) from exc

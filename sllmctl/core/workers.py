@@ -39,7 +39,7 @@ def run_tasks(
         total_bytes: What ``progress`` is told.
         done_bytes: Where progress starts.
         buffer_bytes: Size of a buffer.
-        progress: Called by the calling thread.
+        progress: Called by the calling thread, a last time when all is done.
         at_end: Called once when no task runs any more, by the thread that ran the last: the place
             to close files. After Ctrl-C that can be later than the return of this call, if the
             system holds a thread up.
@@ -95,3 +95,5 @@ def run_tasks(
                 worker.join(max(0.0, deadline - time.monotonic()))
     if failures:
         raise failures[0]
+    if progress is not None:
+        progress(stage, done, total_bytes)
