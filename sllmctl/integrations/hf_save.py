@@ -131,11 +131,11 @@ def _untied(state: dict[str, torch.Tensor], declared: set[str]) -> dict[str, tor
 
 
 def _other_files(target: Path) -> dict[str, bytes]:
-    """What lies beside the weights of a checkpoint that is to be replaced."""
+    """What lies beside the weights of a checkpoint that is to be replaced, or ahead of them."""
     try:
         others = list_source(target).others
     except CheckpointNotFound:
-        return {}
+        return _read_files(target)
     return {file.name: file.path.read_bytes() for file in others}
 
 
