@@ -52,9 +52,10 @@ format: setup ## rewrite the sources as lint wants them
 fuzz: setup ## a million inputs through every reader: minutes
 	$(BIN)/python -m tests.fuzz --inputs 1000000
 
-torture: setup ## kill -9 a conversion 200 times, flip 1,000 bits: minutes
+torture: setup ## kill -9 conversions, clients and stores, flip bits, crowd a pool: half an hour
 	$(BIN)/python -m tests.torture.kill_convert --count 200
 	$(BIN)/python -m tests.torture.flip_bits --count 1000
+	$(BIN)/python -m tests.torture.store --kill-clients 300 --kill-stores 100 --churn-s 600
 
 bench: setup ## measure loads and conversion against the machine's limits
 	$(BIN)/python -m sllmctl.bench

@@ -17,7 +17,8 @@ from sllmctl.console import Console
 from sllmctl.core.config import resolve_model
 from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
 
-GROUPS = ("cold", "page cache", "private copy", "convert", "start")
+STORE_GROUPS = ("first load", "warm, page cache empty")
+GROUPS = ("cold", "page cache", "private copy", *STORE_GROUPS, "convert", "start")
 
 
 def main() -> None:
@@ -46,10 +47,15 @@ def main() -> None:
             for group in groups:
                 if group.title in only:
                     rows[group.title] = group.run(options.rounds, _note)
+        nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        if set(STORE_GROUPS).intersection(only):
+            with suite.running_store(Path(scratch), nbytes) as socket:
+                for group in suite.store_groups(path, socket):
+                    if group.title in only:
+                        rows[group.title] = group.run(options.rounds, _note)
         for group in (suite.convert_group(path), suite.start_group(Path(scratch))):
             if group.title in only:
                 rows[group.title] = group.run(options.rounds, _note)
-        nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     budgets = list(suite.budgets(rows))
     for title, group_rows in rows.items():
         _print_group(title, group_rows, 0 if title == "start" else nbytes)

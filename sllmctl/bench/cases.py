@@ -17,6 +17,8 @@ from sllmctl.bench.measure import Sample, cpu_seconds, touch
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.load import LoadOptions, load
 from sllmctl.native import Memory
+from sllmctl.store.client import StoreClient
+from sllmctl.store.load import load_through_store
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,17 @@ def ours(path: Path, *, map_files: str = "auto") -> Sample:
     cpu, started = cpu_seconds(), time.perf_counter()
     options = LoadOptions("never" if map_files == "never" else "auto")
     loaded = load(open_checkpoint(path), options)
+    ready = time.perf_counter() - started
+    cpu = cpu_seconds() - cpu
+    check = _sums(loaded.tensors)
+    return Sample(ready, time.perf_counter() - started, cpu_s=cpu, check=check)
+
+
+def through_store(path: Path, socket: Path) -> Sample:
+    """A load through the store, and then every byte once."""
+    cpu, started = cpu_seconds(), time.perf_counter()
+    client = StoreClient(socket)
+    loaded = load_through_store(open_checkpoint(path), LoadOptions(), client, label=path.name)
     ready = time.perf_counter() - started
     cpu = cpu_seconds() - cpu
     check = _sums(loaded.tensors)

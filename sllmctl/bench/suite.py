@@ -19,6 +19,7 @@ from sllmctl.bench import cases
 from sllmctl.bench.measure import Case, Row, Sample, make_cold, make_hot, run_forked
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.errors import SllmError
+from sllmctl.store.client import StoreClient
 
 INDEX_TENSORS = 100_000
 
@@ -100,6 +101,66 @@ def load_groups(path: Path, torch_file: Path) -> list[Group]:
             2 * nbytes,
         ),
     ]
+
+
+def store_groups(path: Path, socket: Path) -> list[Group]:
+    """Loads through a store: the first, beside a direct one, and warm ones, beside safetensors."""
+    shards = [shard.path for shard in open_checkpoint(path).shards]
+    nbytes = sum(shard.stat().st_size for shard in shards)
+    via_store = partial(cases.through_store, path, socket)
+
+    def empty_and_cold() -> None:
+        with StoreClient(socket) as client:
+            client.ask({"op": "evict", "name": None})
+        make_cold(shards)
+
+    def warm_and_cold() -> None:
+        run_forked(via_store)
+        make_cold(shards)
+
+    return [
+        Group(
+            "first load",
+            empty_and_cold,
+            {"sllmctl through the store": via_store, "sllmctl direct": partial(cases.ours, path)},
+            nbytes,
+        ),
+        Group(
+            "warm, page cache empty",
+            warm_and_cold,
+            {
+                "sllmctl through the store": via_store,
+                "safetensors": partial(cases.safetensors_load, path),
+            },
+            nbytes,
+        ),
+    ]
+
+
+@contextmanager
+def running_store(directory: Path, nbytes: int) -> Iterator[Path]:
+    """A store whose pool holds so many bytes, with its pages supplied; its socket."""
+    socket = directory / "store.sock"
+    pool_bytes = str(nbytes + max(nbytes // 2, 64 * 2**20))
+    command = [sys.executable, "-m", "sllmctl", "serve", "--mem-pool-size", pool_bytes]
+    process = subprocess.Popen(
+        [*command, "--socket", str(socket)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ready"):
+                break
+        while True:
+            with StoreClient(socket) as client:
+                pool = client.ask({"op": "status"})["pool"]
+            if pool["prefaulted_bytes"] >= pool["bytes"]:
+                break
+            time.sleep(0.2)
+        yield socket
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def convert_group(path: Path) -> Group:
@@ -195,6 +256,8 @@ def budgets(rows: dict[str, dict[str, Row]]) -> Iterator[Budget]:
     yield Budget("page cache: every byte read / safetensors", touched, 0.6, False)
     copy = inverse(ratio("private copy", "sllmctl --map never", "plain copy"))
     yield Budget("private copy / plain two-thread copy, as rates", copy, 0.8, True)
+    first = ratio("first load", "sllmctl through the store", "sllmctl direct")
+    yield Budget("first load: through the store / direct", first, 1.05, False)
     convert = inverse(ratio("convert", "convert --no-verify", "cp + fsync"))
     yield Budget("convert --no-verify / cp + fsync, as rates", convert, 0.9, True)
     for name in ("convert --no-verify", "convert"):
