@@ -48,12 +48,17 @@ class TensorEntry(NamedTuple):
     nbytes: int
 
 
-def shown(text: object) -> str:
-    """Quote a foreign name for a one-line message."""
+def one_line(text: object) -> str:
+    """Make foreign text fit into a one-line message: printable, and not long."""
     plain = str(text)
     if len(plain) > 200:
         plain = plain[:197] + "..."
-    return "`" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain) + "`"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+
+
+def shown(text: object) -> str:
+    """Quote a foreign name for a one-line message."""
+    return f"`{one_line(text)}`"
 
 
 def parse_prefix(prefix: bytes, file_size: int, file: str) -> int:
@@ -185,15 +190,16 @@ def _scan_canonical(
     try:
         text = raw.decode("utf-8").rstrip(" ")
         metadata: Any = {}
+        start = 1
         if text.startswith(_METADATA_START):
             metadata, end = _DECODER.raw_decode(text, len(_METADATA_START))
             _check_surrogates(metadata)
-            text = "," + text[end + 1 :] if text[end : end + 1] == "," else text[end:]
-        else:
-            text = "," + text[1:] if text.startswith('{"') else text[1:]
+            start = end + 1 if text.startswith(",", end) else len(text)
+        elif not text.startswith("{"):
+            return None
     except (ValueError, RecursionError, MemoryError):
         return None
-    matches = _ENTRY.findall(text)
+    matches = _ENTRY.findall(text, start)
     if not matches or not _is_metadata(metadata):
         return None
     names, kinds, places = zip(*matches, strict=True)
@@ -204,11 +210,13 @@ def _scan_canonical(
     ends = list(accumulate(sizes))
     base = PREFIX_BYTES + len(raw)
     begins = [0, *ends[:-1]]
+    written = list(map(str, ends))
     text_bytes = sum(sum(map(len, column)) for column in (names, kinds, places))
     if (
-        text_bytes + _ENTRY_FIXED_BYTES * len(names) + 1 != len(text)
+        start + text_bytes + _ENTRY_FIXED_BYTES * len(names) != len(text)
         or not text.endswith("}}")
-        or list(map("%d,%d".__mod__, zip(begins, ends, strict=True))) != list(places)
+        or text.count("}}", start) != 1
+        or list(map(",".join, zip(["0", *written], written, strict=False))) != list(places)
         or ends[-1] != data_bytes
         or len(set(names)) != len(names)
         or METADATA_KEY in names
@@ -296,7 +304,7 @@ def _load_json(raw: bytes, file: str) -> dict[str, Any]:
         if "\\" in text:
             _check_surrogates(document)
     except (ValueError, RecursionError, MemoryError) as exc:
-        reason = shown(exc).strip("`") or type(exc).__name__
+        reason = one_line(exc) or type(exc).__name__
         raise CheckpointError(f"{shown(file)} is not valid JSON: {reason}") from exc
     if not isinstance(document, dict):
         raise CheckpointError(f"{shown(file)} is not a JSON object")
@@ -327,8 +335,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _METADATA_START = f'{{"{METADATA_KEY}":'
 _KIND_MIDDLE = '","shape":['
 _ENTRY = re.compile(
-    r',"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*)\],'
-    r'"data_offsets":\[([0-9,]+)\]\}'
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*)\],'
+    r'"data_offsets":\[([0-9,]+)\]\}[,}]'
 )
-_ENTRY_FIXED_BYTES = len(',"":{"dtype":"],"data_offsets":[]}')
+_ENTRY_FIXED_BYTES = len('"":{"dtype":"],"data_offsets":[]},')
 _AXES = re.compile(r"(?:(?:0|[1-9][0-9]{0,18})(?:,(?:0|[1-9][0-9]{0,18}))*)?")

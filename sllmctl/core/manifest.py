@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from sllmctl.core.header import one_line
 from sllmctl.errors import CheckpointError
 
 MANIFEST_NAME = "sllmctl.json"
@@ -127,7 +128,8 @@ def parse_manifest(raw: bytes, file: str) -> Manifest:
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(
-            f"damaged manifest `{file}`: {what}", hint="convert the model again with --force"
+            f"damaged manifest `{file}`: {one_line(what)}",
+            hint="convert the model again with --force",
         )
 
     if len(raw) > _MAX_MANIFEST_BYTES:
@@ -141,7 +143,8 @@ def parse_manifest(raw: bytes, file: str) -> Manifest:
     version = document.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"`{file}` has format version {version}; this sllmctl reads up to {FORMAT_VERSION}",
+            f"`{file}` has format version {one_line(version)}; "
+            f"this sllmctl reads up to {FORMAT_VERSION}",
             hint="upgrade sllmctl",
         )
     if version != FORMAT_VERSION or document.get("digest") != DIGEST_NAME:
