@@ -70,7 +70,7 @@ int main(int argc, char **argv)
 ```
 
 ```sh
-cc -std=c11 -D_GNU_SOURCE -pthread -Inative/include example.c native/src/*.c -o example -ldl
+cc -std=gnu11 -pthread -Inative/include example.c native/src/*.c -o example -ldl
 ```"""
 
 

@@ -99,6 +99,7 @@ def shape(text: str) -> str:
     return " ".join(_NUMBERS.sub("#", text.partition("\n")[0]).split())
 
 
+@pytest.mark.slow
 def test_every_step_of_the_guide_does_what_it_shows(playground: Path) -> None:
     ran = 0
     for step in steps():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -181,3 +182,19 @@ def test_every_status_code_is_in_the_table() -> None:
     assert {native.status_name(number) for number in table.values()} == set(table)
     header = c_api.HEADER.read_text()
     assert set(table) == words(header, r"\bSLLM_E_\w+\b|\bSLLM_OK\b")
+
+
+def test_the_example_compiles_and_reads_a_file(tmp_path: Path) -> None:
+    page = (REFERENCE / "c-api.md").read_text()
+    (program,) = re.findall(r"^```c\n(#include.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^```sh\n(cc .*?)\n```", page, re.MULTILINE)
+    (tmp_path / "example.c").write_text(program)
+    (tmp_path / "native").symlink_to(c_api.HEADER.parents[1])
+    subprocess.run(f"{command} -Wall -Wextra -Werror", shell=True, cwd=tmp_path, check=True)
+    (tmp_path / "file").write_bytes(bytes(123_457))
+    done = subprocess.run(
+        [tmp_path / "example", tmp_path / "file"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("123457 bytes, of which ")
+    missing = subprocess.run([tmp_path / "example", tmp_path / "nothing"], check=False)
+    assert missing.returncode == 2
