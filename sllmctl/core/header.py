@@ -300,8 +300,12 @@ def _load_json(raw: bytes, file: str) -> dict[str, Any]:
     """Parse a JSON object; refuse duplicate keys at any depth."""
     try:
         text = raw.decode("utf-8")
-        document = json.loads(text, object_pairs_hook=_unique)
-        if "\\" in text:
+        escaped = "\\" in text
+        document = json.loads(text)
+        # Without escapes a text has two quotes a string, and a dropped duplicate leaves some over.
+        if escaped or text.count('"') != 2 * _count_strings(document):
+            document = json.loads(text, object_pairs_hook=_unique)
+        if escaped:
             _check_surrogates(document)
     except (ValueError, RecursionError, MemoryError) as exc:
         reason = one_line(exc) or type(exc).__name__
@@ -309,6 +313,16 @@ def _load_json(raw: bytes, file: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{shown(file)} is not a JSON object")
     return document
+
+
+def _count_strings(node: Any) -> int:
+    if isinstance(node, dict):
+        if set(map(type, node.values())) <= {str}:
+            return 2 * len(node)
+        return len(node) + sum(map(_count_strings, node.values()))
+    if isinstance(node, list):
+        return sum(map(_count_strings, node))
+    return isinstance(node, str)
 
 
 def _check_surrogates(document: Any) -> None:
