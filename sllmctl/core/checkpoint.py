@@ -13,6 +13,7 @@ from pathlib import Path
 from sllmctl.core.header import (
     PREFIX_BYTES,
     TensorEntry,
+    collector_paused,
     parse_header,
     parse_index,
     parse_prefix,
@@ -200,6 +201,7 @@ def _pread(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
+@collector_paused()
 def open_shards(
     directory: Path,
     names: Sequence[str],
