@@ -57,6 +57,8 @@ def _main(
         ),
     ] = False,
 ) -> None:
+    for number in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        logging.addLevelName(number, logging.getLevelName(number).lower())
     level = logging.WARNING - 10 * min(verbose, 2)
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", force=True)
     logging.getLogger("sllmctl").setLevel(level)
