@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,40 +52,59 @@ def kept_in_float32(config: dict[str, Any], dtype: str) -> Callable[[str], bool]
 
 
 def _ask_transformers(config: dict[str, Any], dtype: str) -> tuple[list[str], set[str]]:
-    """Patterns of names, and whole names of parameters and buffers, that stay in float32."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
+    """Patterns of names, and whole names of parameters and buffers, that stay in float32.
+
+    Asked in a child process: transformers takes more memory than the conversion itself.
+    """
+    if not config.get("architectures"):
         return [], set()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sllmctl.core.float32", dtype],
+            input=json.dumps(config),
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        )
+        patterns, names = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as exc:
+        log.warning("transformers cannot be asked what stays in float32: %s", exc)
+        return [], set()
+    return patterns, set(names)
+
+
+def _answer(config: dict[str, Any], dtype: str) -> tuple[list[str], list[str]]:
     import torch
     import transformers
 
+    architectures = config["architectures"]
     model_class = getattr(transformers, str(architectures[0]), None)
     if not isinstance(model_class, type) or not issubclass(
         model_class, transformers.PreTrainedModel
     ):
-        return [], set()
+        return [], []
     names: set[str] = set()
     model: Any = model_class
-    previous = torch.get_default_dtype()
     try:
         settings: Any = model_class.config_class
         torch.set_default_dtype(getattr(torch, dtype))
         with torch.device("meta"):
             model = model_class(settings.from_dict(config))
     except Exception as exc:  # whatever a foreign configuration does to the class that reads it
-        log.info(
-            "transformers cannot build `%s` (%s): its class alone is asked", architectures, exc
-        )
+        log.info("transformers cannot build %s (%s): its class is asked", architectures, exc)
     else:
         names |= {n for n, buffer in model.named_buffers() if buffer.is_floating_point()}
         names |= {n for n, weight in model.named_parameters() if weight.dtype == torch.float32}
-    finally:
-        torch.set_default_dtype(previous)
     lists = [getattr(model, "_keep_in_fp32_modules_strict", None)]
     if dtype == "float16":
         lists.append(getattr(model, "_keep_in_fp32_modules", None))
-    return _flatten(lists), names
+    return _flatten(lists), sorted(names)
 
 
 def _flatten(lists: Iterable[Iterable[str] | None]) -> list[str]:
     return [pattern for patterns in lists if patterns for pattern in patterns]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n" + json.dumps(_answer(json.load(sys.stdin), sys.argv[1])) + "\n")

@@ -203,13 +203,18 @@ def require_replaceable(path: Path, *, force: bool) -> None:
     """Check that a conversion may end at a path.
 
     Raises:
-        ConfigError: Something is there, and ``force`` is not given; or it is no checkpoint, which
-            is never replaced.
+        ConfigError: Something is there, and ``force`` is not given; or it is no checkpoint, or
+            a mount point, which are never replaced.
     """
     if not os.path.lexists(path):
         return
     if not path.is_dir():
         raise ConfigError(f"`{path}` is there and is not a directory")
+    if path.is_mount():
+        raise ConfigError(
+            f"`{path}` is a mount point, which nothing can take the place of",
+            hint="choose a directory inside it",
+        )
     names = [entry.name for entry in path.iterdir()]
     if not names:
         return

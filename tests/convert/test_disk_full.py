@@ -83,3 +83,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     with pytest.raises(CheckpointError, match="ENOSPC"):
         save_tensors({"a": torch.ones(2_000_000)}, small_disk / "model")
     assert files_of(small_disk) == before
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    large_source: Path, small_disk: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is a mount point") as caught:
+        convert(large_source, small_disk)
+    assert caught.value.hint == "choose a directory inside it"
+    assert {path.name for path in small_disk.parent.iterdir()} == {"disk", "source"}
