@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick lint format fuzz torture bench clean
+.PHONY: help setup demo test test-quick lint format docs fuzz torture bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 14
@@ -48,6 +48,9 @@ format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch])
+
+docs: setup ## rewrite the pages that follow the code
+	$(BIN)/python -m docs.generate
 
 fuzz: setup ## a million inputs through every reader: minutes
 	$(BIN)/python -m tests.fuzz --inputs 1000000

@@ -20,6 +20,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SLLMCTL_") or name == "STORAGE_PATH":
             monkeypatch.delenv(name)
+    # Nor does a store that happens to run on this machine.
+    monkeypatch.setenv("SLLMCTL_SOCKET", "/nonexistent/sllmctl/store.sock")
 
 
 def write_checkpoint(
