@@ -58,6 +58,7 @@ fuzz: setup ## a million inputs through every reader: minutes
 torture: setup ## kill -9 conversions, clients and stores, flip bits, crowd a pool: half an hour
 	$(BIN)/python -m tests.torture.kill_convert --count 200
 	$(BIN)/python -m tests.torture.flip_bits --count 1000
+	$(BIN)/python -m tests.torture.leases --count 1000
 	$(BIN)/python -m tests.torture.store --kill-clients 300 --kill-stores 100 --churn-s 600
 
 bench: setup ## measure loads and conversion against the machine's limits
