@@ -8,7 +8,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, public
 
 # Checks that speak of parts which do not belong together.
-_ABOUT_ROWS = {
+ABOUT_ROWS = {
     "PY005", "PY006", "NNAL002", "VLLM001", "VLLM002", "CANN003", "PY008", "STORE003",
 }  # fmt: skip
 
@@ -30,7 +30,7 @@ def rows_for(m: Machine, troubled: set[str]) -> tuple[Row, ...]:
         m: The machine.
         troubled: IDs of the checks that failed or warned.
     """
-    if not troubled & _ABOUT_ROWS or m.cann is None:
+    if not troubled & ABOUT_ROWS or m.cann is None:
         return ()
     installed = {
         "CANN": cann_base(m.cann.version),

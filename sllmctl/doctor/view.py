@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from sllmctl.doctor.advice import Row
+from sllmctl.doctor.advice import ABOUT_ROWS, Row
 from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
 from sllmctl.doctor.examine import Examination, Outcome
 from sllmctl.doctor.log_signatures import Match
@@ -180,7 +180,11 @@ def _verdict(done: Examination, view: View) -> list[str]:
         text = say("This machine is usable ({purpose}), but look at this: {what}.",
                    purpose=purpose, what=first.finding.summary)  # fmt: skip
     out = [view.say(text)]
-    if first.finding.fix:
+    if done.rows and first.check.id in ABOUT_ROWS:
+        out.append(
+            view.say("Choose one of the rows above first: each fix alone may break another.")
+        )
+    elif first.finding.fix:
         out += [view.say("Do this first:"), f"  {view.hide(first.finding.fix)}"]
     elif first.finding.advice:
         out += [view.say("Do this first:"), f"  {view.say(first.finding.advice)}"]
@@ -230,14 +234,14 @@ def explain(check: Check, view: View) -> list[str]:
         (view.say("at worst:"), view.say(check.severity.value)),
         (view.say("profiles:"), ", ".join(check.profiles)),
         (view.say("needs:"), ", ".join(check.needs) or "-"),
-        (view.say("touches:"), view.say(_TOUCHES[check.level])),
+        (view.say("touches:"), view.say(TOUCHES[check.level])),
     ]
     width = max(_width(label) for label, _ in labels)
     body = [f"  {label}{' ' * (width - _width(label))} {text}" for label, text in labels]
     return [f"{check.id}  {view.say(check.title)}", "", *body]
 
 
-_TOUCHES = {
+TOUCHES = {
     0: "files and the environment",
     1: "commands, or ports of this machine",
     2: "devices, in a child process",

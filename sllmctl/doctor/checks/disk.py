@@ -60,7 +60,7 @@ def kind_of(m: Machine, path: str) -> str:
     "IO001",
     title="there is room for checkpoints",
     why="a conversion needs the room of its result, beside the download",
-    looks_at="free bytes and inodes of the storage path and the hub cache; with --model its size",
+    looks_at="free bytes and inodes of the storage path; with --model its size",
     profiles="base convert",
 )
 def room(m: Machine) -> Finding:

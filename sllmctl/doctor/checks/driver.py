@@ -73,7 +73,7 @@ def nodes_there(m: Machine) -> Finding:
         missing.append("/dev/davinci*")
     if wrong:
         return fail(
-            say("{names} is not a device but a {kind}", names=", ".join(wrong), kind="file/folder"),
+            say("{names} is not a device", names=", ".join(wrong)),
             *(file(name, "not a character device") for name in wrong),
             advice=say("remove it on the host, reload the driver, and start the container again"),
         )

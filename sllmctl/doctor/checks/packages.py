@@ -139,7 +139,11 @@ def torch_npu_for_cann(m: Machine) -> Finding:
         )
     better = m.tables.torch_npu_for(row.torch, cann)
     fix = f"pip install torch_npu=={better.torch_npu}" if better else ""
-    advice = say("or keep torch_npu, and install CANN {cann}", cann=row.cann)
+    advice = (
+        say("or keep torch_npu, and install CANN {cann}", cann=row.cann)
+        if fix
+        else say("install CANN {cann}, or a torch whose torch_npu is for this CANN", cann=row.cann)
+    )
     if here[:2] == there[:2] and (here[2] == there[2]):
         return info(
             say("torch_npu {npu} was released for CANN {wanted}; {cann} is close to it",

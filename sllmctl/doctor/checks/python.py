@@ -31,8 +31,8 @@ WHEELS = ("torch", "torch-npu", "vllm-ascend")
     "PY001",
     title="this Python suits what is installed",
     why="wheels of torch_npu and the engines exist for some Python versions only",
-    looks_at="the interpreter's version against the rows of the installed torch, vllm-ascend and "
-    "SGLang; free-threaded and 32-bit builds",
+    looks_at="the interpreter's version against the rows of the installed torch_npu, vllm-ascend "
+    "and sllm-store; free-threaded and 32-bit builds",
     profiles="base convert",
 )
 def interpreter(m: Machine) -> Finding:

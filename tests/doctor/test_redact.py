@@ -1,0 +1,82 @@
+"""Planted secrets appear in no output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sllmctl.doctor.host import Host
+from sllmctl.doctor.redact import Redactor
+from tests.doctor.conftest import Doctor
+
+SECRETS = {
+    "http_proxy": "http://alice:s3cr3t-pa@ss@proxy.corp:3128",
+    "no_proxy": "bob:hunter2secret@intern.corp",
+    "HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrSt",
+    "HF_ENDPOINT": "https://u1:p4ssw0rdX@hf.corp",
+    "MODELSCOPE_API_TOKEN": "0b8d0c1e-plain-uuid-token",
+    "VLLM_API_KEY": "sk-live0123456789abcdef",
+    "LD_PRELOAD": "/opt/ghp_0123456789abcdefABCDEF/lib.so",
+    "PYTHONPATH": "/srv/AKIAIOSFODNN7EXAMPLE/site:/x/eyJhbGciOi.eyJzdWIiOiIx.c2ln",
+    "ASCEND_PROCESS_LOG_PATH": "/logs?password=tr0ub4dor",
+    "PRIVATE_THING": "never-collected",
+}
+LEAKS = [
+    "s3cr3t", "pa@ss", "ss@proxy", "hunter2", "hf_AbCd", "p4ssw0rdX", "plain-uuid-token",
+    "sk-live", "ghp_0123", "AKIAIOS", "eyJhbGci", "tr0ub4dor", "never-collected",
+]  # fmt: skip
+WHO = ["10.20.30.40", "fe80::1234", "npu-host", "/home/alice"]
+
+
+@pytest.fixture
+def leaky(machine: Callable[[str], Path]) -> Path:
+    root = machine("healthy 8.1.RC1")
+    path = root / "machine.json"
+    document = json.loads(path.read_text())
+    env = document["host"]["env"]
+    env |= {**SECRETS, "LD_LIBRARY_PATH": env["LD_LIBRARY_PATH"] + "::/home/alice/lib:/10.20.30.40"}
+    env["PYTHONPATH"] += ":" + SECRETS["PYTHONPATH"]
+    env["HCCL_IF_IP"] = "10.20.30.40"
+    env["GLOO_SOCKET_IFNAME"] = "fe80::1234"
+    document["host"] |= {"home": "/home/alice", "user": "alice", "name": "npu-host"}
+    path.write_text(json.dumps(document))
+    log = "\n".join(f"error: {name}={value} on npu-host" for name, value in SECRETS.items())
+    line = "OSError: libatb.so: cannot open shared object file"
+    line += f" {SECRETS['http_proxy']} {SECRETS['HF_TOKEN']} 10.20.30.40"
+    (root / "error.log").write_text(f"{log}\n{line}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hidden"),
+    [
+        ([], []), (["-v"], []), (["--lang", "zh", "-v"], []), (["--json"], WHO),
+        (["--report", "-"], WHO), (["--log", "LOG"], []), (["--log", "LOG", "--json"], WHO),
+        (["--profile", "all", "--json"], WHO),
+    ],
+)  # fmt: skip
+def test_planted_secrets_appear_nowhere(
+    doctor: Doctor, leaky: Path, arguments: list[str], hidden: list[str]
+) -> None:
+    words = [str(leaky / "error.log") if word == "LOG" else word for word in arguments]
+    done = doctor("--root", leaky, *words)
+    assert done.exit_code in (0, 3), done.output
+    text = done.stdout + done.stderr
+    assert not [leak for leak in LEAKS + hidden if leak in text]
+    assert "***" in text
+
+
+def test_a_report_keeps_what_helps() -> None:
+    redact = Redactor(Host(user="alice", name="npu-host", home="/home/alice"))
+    for text in (
+        "127.0.0.1:8073", "0.0.0.0", "::1", "firmware 7.7.0.1.231", "0000:C1:00.0",
+        "torch 2.5.1", "[7.0.0,7.7.99]", "libc10.so: std::string", "2025-06-09-23:13:26",
+    ):  # fmt: skip
+        assert redact(text) == text
+    assert redact("/home/alice/lib of alice on npu-host") == "~/lib of <user> on <host>"
+    assert redact("/home/alicent") == "/home/alicent"
+    assert redact("Serial Number : 1025C9000000") == "Serial Number : <id>"
+    assert redact("de:ad:be:ef:00:01") == "<id>"
