@@ -127,11 +127,13 @@ def _locate(
 
     status = source.path.stat()
     identity = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)
+    # On overlayfs and btrfs the numbers differ from those of stat; the name is the same.
+    name = os.path.realpath(source.path)
     mappings: list[tuple[int, int, int]] = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _, at, device, inode = line.split(maxsplit=5)[:5]
-            if (device, inode) == identity:
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            addresses, _, at, *file = line.split(maxsplit=5)
+            if tuple(file[:2]) == identity or file[2:] == [name]:
                 first, last = (int(text, 16) for text in addresses.split("-"))
                 mappings.append((first, last, int(at, 16)))
     places: dict[int, tuple[ByteSource, int]] = {}
