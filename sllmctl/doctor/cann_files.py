@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 
 from sllmctl.doctor.probe import Probe
-from sllmctl.doctor.versions import cann_base, cann_key
+from sllmctl.doctor.versions import cann_key
 
 BASE = "/usr/local/Ascend"
 _ROOT = re.compile(r"^(.*/(?:ascend-toolkit|nnae|nnrt)/[^/]+|.*/cann(?:-[^/]+)?)(?=/|$)")
+# Components of CANN before 9 have numbers of their own in Version: 7.6.0.1.220, 8.2.0.0.201.
+_PLAIN = re.compile(r"^(9|\d\d)\.\d+\.(RC)?\d+$")
 _PAIR = re.compile(r"\[?[^:\[\],]*:([^\],]+)\]?")
 
 
@@ -94,7 +96,7 @@ def read_root(probe: Probe, path: str) -> CannRoot | None:
     source, version = said[0]
     for info in probe.glob(f"{path}/*-linux/ascend_*_install.info"):
         values = key_values(probe.read_text(info))
-        if values.get("version"):
+        if values.get("version") and "_ops_" not in info:
             return CannRoot(
                 path, version, source, values.get("arch", ""), values.get("innerversion", "")
             )
@@ -104,9 +106,9 @@ def read_root(probe: Probe, path: str) -> CannRoot | None:
 def versions_of(probe: Probe, path: str) -> list[tuple[str, str]]:
     """(source, version) for every place in a root that names one, the most reliable first."""
     said = []
-    infos = probe.glob(f"{path}/*-linux/ascend_*_install.info")
-    for info in sorted(infos, key=lambda name: "_ops_" in name):
-        if version := key_values(probe.read_text(info)).get("version"):
+    for info in probe.glob(f"{path}/*-linux/ascend_*_install.info"):
+        # Operators are a package of their own, which may be of another version.
+        if "_ops_" not in info and (version := key_values(probe.read_text(info)).get("version")):
             said.append((info, version))
     config = key_values(probe.read_text(f"{path}/version.cfg"))
     if pairs := _PAIR.findall(config.get("toolkit_running_version", "")):
@@ -116,8 +118,8 @@ def versions_of(probe: Probe, path: str) -> list[tuple[str, str]]:
         values = key_values(probe.read_text(name))
         if version := values.get("version_dir"):
             said.append((name, version))
-        elif cann_key(values.get("Version", "")) and not values["Version"].startswith("7."):
-            said.append((name, cann_base(values["Version"])))
+        elif _PLAIN.match(values.get("Version", "")):
+            said.append((name, values["Version"]))
     name = posixpath.basename(path).removeprefix("cann-")
     complete = probe.is_dir(f"{path}/opp") or probe.is_dir(f"{path}/lib64")
     if not said and cann_key(name) and complete:

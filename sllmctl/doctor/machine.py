@@ -89,8 +89,10 @@ class Machine:
             if (self.probe.read_text(f"{device}/vendor") or "").strip() != "0x19e5":
                 continue
             kind = (self.probe.read_text(f"{device}/device") or "").strip().lower()
-            if kind in PCI_GENERATIONS:
-                found.append((address, PCI_GENERATIONS[kind]))
+            # Class 0x1200 is a processing accelerator; the vendor's network cards are others.
+            accelerator = (self.probe.read_text(f"{device}/class") or "").startswith("0x1200")
+            if kind in PCI_GENERATIONS or accelerator:
+                found.append((address, PCI_GENERATIONS.get(kind, "")))
         return found
 
     @cached_property
@@ -136,7 +138,7 @@ class Machine:
         """Generation of the chips (A1, A2, A3, 310P, 310B, A5), by name or PCI id, or ""."""
         names = Counter(generation(card.name) for card in self.smi.cards)
         names.pop("", None)
-        kinds = names or Counter(kind for _, kind in self.pci)
+        kinds = names or Counter(kind for _, kind in self.pci if kind)
         return kinds.most_common(1)[0][0] if kinds else ""
 
     @cached_property

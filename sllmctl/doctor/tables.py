@@ -66,6 +66,7 @@ class Tables:
         self.torchvision: dict[str, str] = document["torchvision"]["rows"]
         self.python: dict[str, list[str]] = document["python"]["rows"]
         self.cann_python: list[str] = document["cann_python"]["rows"]
+        self.cann_python_more: list[str] = document["cann_python_more"]["rows"]
         self.sglang: list[dict[str, str]] = document["sglang"]["rows"]
         self.signatures = [
             Signature(i, pattern, tuple(checks.split()), cause)

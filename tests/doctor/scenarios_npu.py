@@ -343,10 +343,36 @@ def other_python(t: Tree) -> None:
     t.host["python"] = "3.13.1"
 
 
-@scenario("another environment activated", {"PY002": "warn"})
+@scenario("packages in another environment", {"PY002": "warn", "PY004": "fail"}, options=BASE)
 def other_environment(t: Tree) -> None:
     t.directory("opt/conda/envs/sllm-worker")
     t.env["CONDA_PREFIX"] = "/opt/conda/envs/sllm-worker"
+    t.undist("torch_npu")
+
+
+@scenario("a program of an environment that is not activated", {"PY002": "info"})
+def not_activated(t: Tree) -> None:
+    t.directory("opt/conda")
+    t.env["CONDA_PREFIX"] = "/opt/conda"
+
+
+@scenario("an accelerator of a kind to come", {"DRV011": "info"}, says="not known")
+def unknown_chip(t: Tree) -> None:
+    for device in (t.root / "sys/bus/pci/devices").iterdir():
+        (device / "device").write_text("0xd900\n")
+        (device / "class").write_text("0x120000\n")
+    t.command("npu-smi info", render("25.0.rc1.1", cards(name="Ascend1000")))
+
+
+@scenario("NNAL of a neighbouring release", {"NNAL002": "warn"}, base=row_85)
+def neighbouring(t: Tree) -> None:
+    nnal(t, "8.5.1")
+
+
+@scenario("component files with numbers of their own")
+def own_numbers(t: Tree) -> None:
+    t.file(f"{TK}/runtime/version.info", "Version=7.7.0.1.238\n")
+    t.file(f"{TK}/opp/version.info", "Version=8.1.0.0.201\ntimestamp=20250724_194044950\n")
 
 
 @scenario("torch for CUDA", {"PY003": "warn"})
@@ -469,6 +495,11 @@ def two_tritons(t: Tree) -> None:
 @scenario("what CANN imports is missing", {"PY013": "warn"}, says="attrs, sympy")
 def no_attrs(t: Tree) -> None:
     t.undist("attrs", "sympy")
+
+
+@scenario("what tools of CANN import is missing", {"PY013": "info"}, says="absl-py")
+def no_absl(t: Tree) -> None:
+    t.undist("absl-py")
 
 
 @scenario("scikit-learn on aarch64", {"PY014": "info"})

@@ -21,12 +21,12 @@ def test_a_machine_gives_its_findings_and_no_others(name: str) -> None:
 
 
 @pytest.mark.parametrize("check_id", CHECKS)
-def test_each_check_has_a_scenario_that_needs_it(check_id: str, tmp_path: Path) -> None:
+def test_each_check_has_a_scenario_that_needs_it(check_id: str, place: Path) -> None:
     """Switch the check off: a scenario that expects its finding no longer gets it."""
     worst = CHECKS[check_id].severity.value
     needing = [s for s in SCENARIOS.values() if s.expect.get(check_id) == worst]
     assert needing, f"no scenario ends with {check_id} {worst}"
-    done = examine(build(needing[0], tmp_path), without=[check_id])
+    done = examine(build(needing[0], place), without=[check_id])
     assert findings(done) != needing[0].expect
 
 

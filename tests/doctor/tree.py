@@ -95,7 +95,7 @@ class Tree:
         files: Sequence[str] = (), entry_points: str = "", site: str = SITE, direct_url: str = "",
     ) -> None:  # fmt: skip
         self.undist(name)
-        info = f"{site}/{name}-{version}.dist-info".lstrip("/")
+        info = f"{site}/{name.replace('-', '_')}-{version}.dist-info".lstrip("/")
         lines = "".join(f"Requires-Dist: {r}\n" for r in requires)
         head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         self.file(f"{info}/METADATA", head + lines)
@@ -111,6 +111,7 @@ class Tree:
 
     def undist(self, *names: str) -> None:
         for name in names:
+            name = name.replace("-", "_")
             for found in (self.root / SITE.lstrip("/")).glob(f"{name}-*.dist-info"):
                 shutil.rmtree(found)
 

@@ -22,7 +22,6 @@ from sllmctl.doctor.check import (
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, cann_key
 
-LIBRARIES = ("libascendcl.so", "libhccl.so", "libruntime.so", "libge_runner.so")
 KERNEL_FOLDERS = {"A2": "ascend910b", "A3": "ascend910_93", "310P": "ascend310p"}
 PACKAGES = {"A2": "910b", "A3": "A3", "310P": "310p"}
 # Operator packages of these releases may be mixed. Source: CANN 9.0 release notes.
@@ -133,15 +132,14 @@ def tested(m: Machine) -> Finding:
     "CANN004",
     title="the installation of CANN is complete",
     why="torch_npu refuses to start without runtime, compiler and operators",
-    looks_at="lib64 (libascendcl, libhccl, libruntime, libge_runner), opp, runtime, compiler; for "
-    "builds include/acl/acl.h",
+    looks_at="lib64/libascendcl.so, opp, runtime, compiler; for builds include/acl/acl.h",
     profiles="base build",
     needs=("CANN001",),
 )
 def complete(m: Machine) -> Finding:
     assert m.cann is not None
     root = m.cann.path
-    wanted = [f"lib64/{LIBRARIES[0]}", f"lib64/{LIBRARIES[2]}", "opp", "runtime"]
+    wanted = ["lib64/libascendcl.so", "opp", "runtime"]
     if m.cann.runtime_only and "build" in m.profiles:
         return fail(
             say("{path} is the runtime alone: nothing can be built with it", path=root),
@@ -149,7 +147,7 @@ def complete(m: Machine) -> Finding:
             fix=f"./Ascend-cann-toolkit_{m.cann.version}_linux-{m.arch}.run --install",
         )
     if not m.cann.runtime_only:
-        wanted += ["compiler", *(f"lib64/{name}" for name in (LIBRARIES[1], LIBRARIES[3]))]
+        wanted.append("compiler")
     if "build" in m.profiles:
         wanted.append("include/acl/acl.h")
     missing = [name for name in wanted if not _anywhere(m, root, name)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllmctl.doctor.check import Finding, Status, check, env, fail, file, ok, say, skip, warn
+from sllmctl.doctor.check import Finding, Status, check, env, fail, file, info, ok, say, skip, warn
 from sllmctl.doctor.checks.driver import SHARED_NODES
 from sllmctl.doctor.machine import Machine
 
@@ -40,7 +40,7 @@ def mounts(m: Machine) -> Finding:
     if not missing:
         return ok(say("the container has what it needs of the driver"))
     options = [f"--device {p}" if p.startswith("/dev/") else f"-v {p}:{p}" for p in missing]
-    made = fail if needed else warn
+    made = fail if needed else info
     return made(
         say("the container lacks {names}", names=", ".join(missing)),
         *(file(path, "missing") for path in missing),

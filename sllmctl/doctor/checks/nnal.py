@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sllmctl.doctor.check import Finding, check, env, fail, file, info, ok, say, skip
+from sllmctl.doctor.check import Finding, check, env, fail, file, info, ok, say, skip, warn
 from sllmctl.doctor.machine import Machine
-from sllmctl.doctor.versions import cann_base
+from sllmctl.doctor.versions import cann_base, cann_key
 
 SET_ENV = "/usr/local/Ascend/nnal/atb/set_env.sh"
 
@@ -52,7 +52,10 @@ def version(m: Machine) -> Finding:
     seen = (file(nnal.path, nnal.version), file(m.cann.source, m.cann.version))
     if cann_base(nnal.version) == cann:
         return ok(say("NNAL {version} belongs to this CANN", version=nnal.version), *seen)
-    return fail(
+    here, there = cann_key(nnal.version), cann_key(cann)
+    # 8.5.0 beside 8.5.1 works as a rule; another minor release does not.
+    close = here and there and here[:3] == there[:3]
+    return (warn if close else fail)(
         say("NNAL {nnal} does not belong to CANN {cann}", nnal=nnal.version, cann=cann),
         *seen,
         fix=f"./Ascend-cann-nnal_{cann}_linux-{m.arch}.run --install",

@@ -289,8 +289,10 @@ def grpc(m: Machine) -> Finding:
 )
 def cann_python(m: Machine) -> Finding:
     missing = [name for name in m.tables.cann_python if not m.dists.get(name)]
-    if missing:
-        return warn(
+    more = [name for name in m.tables.cann_python_more if not m.dists.get(name)]
+    if missing or more:
+        missing, made = [*missing, *more], warn if missing else info
+        return made(
             say("packages that CANN imports are missing: {names}", names=", ".join(missing)),
             *(dist(name, "missing") for name in missing),
             fix="pip install " + " ".join(missing),

@@ -80,7 +80,9 @@ def environment(m: Machine) -> Finding:
     name = "VIRTUAL_ENV" if m.env.get("VIRTUAL_ENV") else "CONDA_PREFIX"
     active = m.env.get(name, "")
     if active and m.probe.is_dir(active) and m.probe.realpath(active) != prefix:
-        return warn(
+        # A program of an environment may be run without activating it: where it has all, fine.
+        whole = m.dists.get("torch") and (m.dists.get("torch-npu") or not m.has_ascend)
+        return (info if whole else warn)(
             say("{active} is active, but this is the Python of {prefix}",
                 active=active, prefix=host.prefix),
             env(name, active),
