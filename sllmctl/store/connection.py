@@ -282,7 +282,7 @@ class Connection:
             }
         )
         self._send_pieces(model, sorted(model.warm), hand_out=hand_out)
-        if not model.coming:
+        if lease not in model.waiting:
             settled(None)
 
     def _send_pieces(self, model: StoredModel, pieces: list[Piece], *, hand_out: bool) -> None:

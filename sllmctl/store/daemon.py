@@ -95,7 +95,7 @@ class Daemon:
                 settled=settled,
                 trusted_name=True,
             )
-            if not lease.model.coming:
+            if lease not in lease.model.waiting:
                 settled(None)
         finally:
             close_fds(fds)

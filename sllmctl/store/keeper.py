@@ -80,9 +80,9 @@ class Keeper:
         model.leases.add(lease)
         self.counters.loads += 1
         self.counters.bytes_warm += model.warm_bytes
-        if not model.coming:
+        if not model.filling:
             self._fill(model, fds)
-        if model.coming:
+        if model.filling:
             model.waiting.add(lease)
         return lease
 
@@ -98,7 +98,7 @@ class Keeper:
         Raises:
             StoreError: It is in use, or still loading.
         """
-        if model.leases or model.coming:
+        if model.leases or model.filling:
             pids = sorted({lease.pid for lease in model.leases})
             raise StoreError(
                 f"`{model.name}` is in use"
@@ -118,7 +118,7 @@ class Keeper:
         self._fillers.shutdown(wait=True)
 
     def _forget_if_empty(self, model: StoredModel) -> None:
-        if not (model.leases or model.warm or model.coming or model.pinned):
+        if not (model.leases or model.warm or model.filling or model.pinned):
             self.models.pop(model.identity, None)
 
     def _fill(self, model: StoredModel, fds: Sequence[int]) -> None:
@@ -129,7 +129,7 @@ class Keeper:
         taken = dict(zip(missing, segments, strict=False))
         if not taken:
             return
-        model.coming = taken
+        model.coming, model.filling = taken, True
         parts = [(piece, segment, model.piece_bytes(piece)) for piece, segment in taken.items()]
         used = sorted({shard for shard, _ in taken})
         numbers = {shard: number for number, shard in enumerate(used)}
@@ -173,7 +173,7 @@ class Keeper:
     def _settled(self, model: StoredModel, reason: str | None) -> None:
         for segment in model.coming.values():
             self.pool.release(segment)
-        model.coming = {}
+        model.coming, model.filling = {}, False
         if reason is not None:
             self.counters.errors += 1
             log.warning("`%s` could not be filled: %s", model.name, reason)

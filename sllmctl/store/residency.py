@@ -44,6 +44,7 @@ class StoredModel:
         segment_bytes: Size of a whole segment.
         warm: Segments that hold their bytes.
         coming: Segments that are being filled.
+        filling: A filler is at work; it says so when it has ended, after its last segment.
         leases: Connections that use it.
         waiting: Those of them that are told what arrives.
         pinned: Stays until it is evicted by hand.
@@ -56,6 +57,7 @@ class StoredModel:
     segment_bytes: int
     warm: dict[Piece, Segment] = field(default_factory=dict)
     coming: dict[Piece, Segment] = field(default_factory=dict)
+    filling: bool = False
     leases: set[Lease] = field(default_factory=set)
     waiting: set[Lease] = field(default_factory=set)
     pinned: bool = False
@@ -74,7 +76,7 @@ class StoredModel:
     @property
     def state(self) -> str:
         """``warm``, ``partial``, ``loading`` or ``cold``."""
-        if self.coming:
+        if self.filling:
             return "loading"
         if not self.warm:
             return "cold"
@@ -104,7 +106,7 @@ def choose_victims(
     idle = [
         model
         for model in models
-        if model is not newcomer and not model.leases and not model.pinned and not model.coming
+        if model is not newcomer and not model.leases and not model.pinned and not model.filling
     ]
     for model in sorted(idle, key=lambda model: model.last_used_s):
         for piece in sorted(model.warm, reverse=True):

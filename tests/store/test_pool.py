@@ -99,7 +99,7 @@ def test_models_in_use_pinned_or_loading_stay_and_so_does_the_newcomer() -> None
     leased, pinned, loading = model("a", 1, 1.0), model("b", 1, 1.0), model("c", 1, 1.0)
     leased.leases.add(Lease(leased, 1, 0.0, lambda _: None, lambda _: None))
     pinned.pinned = True
-    loading.coming = {(0, 9): Segment(SEGMENT)}
+    loading.filling = True
     comer = model("comer", 3, 0.0)
     assert choose_victims([leased, pinned, loading, comer], comer, 9) == []
 

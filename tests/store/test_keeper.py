@@ -1,0 +1,105 @@
+"""The keeper alone, with its fillers' messages held back at will."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from sllmctl.store.filler import identify
+from sllmctl.store.keeper import Keeper
+from sllmctl.store.pool import Pool
+from sllmctl.store.residency import Lease
+
+SEGMENT = 2 * 2**20
+
+
+class Held:
+    """Messages to the daemon's thread, delivered when the test says so."""
+
+    def __init__(self) -> None:
+        self.messages: list[Callable[[], None]] = []
+        self._arrived = threading.Semaphore(0)
+
+    def call_soon(self, message: Callable[[], None]) -> None:
+        self.messages.append(message)
+        self._arrived.release()
+
+    def deliver(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self._arrived.acquire(timeout=30)
+            self.messages.pop(0)()
+
+
+def attach(keeper: Keeper, path: Path) -> Lease:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return keeper.attach(
+            path.name,
+            [(path.name, path.stat().st_size)],
+            [fd],
+            identify([fd]),
+            pid=1,
+            arrived=lambda _: None,
+            settled=lambda _: None,
+        )
+    finally:
+        os.close(fd)
+
+
+def test_an_attach_between_the_last_segment_and_the_end_of_its_filler_starts_no_second_one(
+    tmp_path: Path,
+) -> None:
+    """A model larger than the pool: the second filler's segments were taken for the first's."""
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(3 * SEGMENT))
+    held = Held()
+    keeper = Keeper(Pool(2 * SEGMENT, SEGMENT), held.call_soon)
+    lease = attach(keeper, path)
+    while len(lease.model.warm) < 2:
+        held.deliver()
+    assert lease.model.filling
+    keeper.pool.capacity += 1  # room that another model left
+    second = attach(keeper, path)
+    assert not lease.model.coming
+    held.deliver()  # the end of the first filler
+    assert not lease.model.filling
+    third = attach(keeper, path)
+    assert lease.model.filling
+    while lease.model.filling:
+        held.deliver()
+    assert len(lease.model.warm) == 3
+    for one in (lease, second, third):
+        keeper.release(one)
+    keeper.evict(lease.model)
+    assert keeper.pool.available() == 3
+    assert keeper.models == {}
+    keeper.close()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(bytes(SEGMENT))
+    held = Held()
+    keeper = Keeper(Pool(4 * SEGMENT, SEGMENT), held.call_soon)
+    fd = os.open(path, os.O_RDONLY)
+    identity = identify([fd])
+    os.utime(path, ns=(1, 1))
+    reasons: list[str | None] = []
+    lease = keeper.attach(
+        "m",
+        [("m", SEGMENT)],
+        [fd],
+        identity,
+        pid=1,
+        arrived=lambda _: None,
+        settled=reasons.append,
+    )
+    while lease.model.filling:
+        held.deliver()
+    assert reasons == ["the files changed while they were read"]
+    assert lease.model.warm == {}
+    assert keeper.pool.available() == 4
+    os.close(fd)
+    keeper.close()
