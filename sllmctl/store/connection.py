@@ -95,17 +95,16 @@ class Connection:
         self._on_writable()
 
     def _on_readable(self) -> None:
+        messages: deque[tuple[Message, list[int]]] = deque()
         try:
             data, fds = receive(self._sock)
             if not data:
                 close_fds(fds)
                 self.end()
                 return
-            for message, own in self._decoder.feed(data, fds):
-                if self._ended:
-                    close_fds(own)
-                else:
-                    self._handle(message, own)
+            messages.extend(self._decoder.feed(data, fds))
+            while messages and not self._ended:
+                self._handle(*messages.popleft())
         except (BlockingIOError, InterruptedError):
             return
         except SllmError as exc:
@@ -113,6 +112,9 @@ class Connection:
             self.end(str(exc))
         except OSError as exc:
             self.end(exc.strerror)
+        finally:
+            for _, own in messages:  # after one that ended the connection
+                close_fds(own)
 
     def _on_writable(self) -> None:
         try:

@@ -85,15 +85,20 @@ class Decoder:
         """
         self._bytes += data
         self._fds.extend(fds)
-        messages = []
-        while (end := self._bytes.find(b"\n")) >= 0:
-            line = bytes(self._bytes[:end])
-            del self._bytes[: end + 1]
-            messages.append(self._message(line))
-        if len(self._bytes) > MAX_MESSAGE_BYTES:
-            raise StoreError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-        if len(self._fds) > MAX_SHARDS:
-            raise StoreError(f"more than {MAX_SHARDS} descriptors without a message")
+        messages: list[tuple[Message, list[int]]] = []
+        try:
+            while (end := self._bytes.find(b"\n")) >= 0:
+                line = bytes(self._bytes[:end])
+                del self._bytes[: end + 1]
+                messages.append(self._message(line))
+            if len(self._bytes) > MAX_MESSAGE_BYTES:
+                raise StoreError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+            if len(self._fds) > MAX_SHARDS:
+                raise StoreError(f"more than {MAX_SHARDS} descriptors without a message")
+        except StoreError:
+            for _, own in messages:
+                close_fds(own)
+            raise
         return messages
 
     def _message(self, line: bytes) -> tuple[Message, list[int]]:

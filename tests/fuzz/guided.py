@@ -11,9 +11,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["sllmctl.core", "json"]):
+with atheris.instrument_imports(include=["sllmctl.core", "sllmctl.store", "json"]):
     import sllmctl.core.header
-    import sllmctl.core.manifest  # noqa: F401 - imported here to be instrumented
+    import sllmctl.core.manifest
+    import sllmctl.store.connection  # noqa: F401 - imported here to be instrumented
 
 from tests.fuzz.mutate import mutate
 from tests.fuzz.targets import TARGETS, regressions, seeds

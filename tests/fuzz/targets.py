@@ -13,6 +13,7 @@ from sllmctl.core import header as header_module
 from sllmctl.core import manifest as manifest_module
 from sllmctl.core.dtypes import DTYPE_BITS
 from sllmctl.errors import CheckpointError
+from tests.fuzz import session
 from tests.raw import entry
 
 Target = Callable[[bytes], None]
@@ -76,11 +77,18 @@ def manifest(data: bytes) -> None:
     assert manifest_module.parse_manifest(manifest_module.format_manifest(found), "f") == found
 
 
-TARGETS: dict[str, Target] = {"header": header, "index": index, "manifest": manifest}
+TARGETS: dict[str, Target] = {
+    "header": header,
+    "index": index,
+    "manifest": manifest,
+    "session": session.session,
+}
 
 
 def seeds(target: str) -> list[bytes]:
     """Right inputs to start from."""
+    if target == "session":
+        return session.seeds()
     if target == "index":
         return [
             json.dumps({"metadata": {"total_size": 8}, "weight_map": names}).encode()
