@@ -71,6 +71,9 @@ def doctor(
     served_model: Annotated[
         str, typer.Option("--served-model", metavar="NAME", help="The model name that clients use.")
     ] = "",
+    source: Annotated[
+        str, typer.Option("--source", metavar="DIR", help="The source of sllm-store, to build it.")
+    ] = "",
     lang: Annotated[
         str, typer.Option("--lang", metavar="en|zh", help="Language. [default: the locale's]")
     ] = "",
@@ -128,6 +131,7 @@ def doctor(
             pool_bytes=parse_size(mem_pool_size) if mem_pool_size else None,
             base_url=base_url,
             served_model=served_model,
+            source=source,
         ),
         load_tables(tables),
     )

@@ -35,6 +35,7 @@ class Options:
         commands: Whether commands may be run and loopback ports tried.
         network: Whether other machines may be asked.
         deep: Whether devices may be touched, in children.
+        source: A source tree that is to be built.
         pool_bytes: Size of the memory pool that is to be, or None.
         model: A model that is to be served: a path or a hub name.
     """
@@ -48,6 +49,7 @@ class Options:
     pool_bytes: int | None = None
     base_url: str = ""
     served_model: str = ""
+    source: str = ""
 
 
 @dataclass

@@ -171,6 +171,21 @@ def old_firmware(t: Tree) -> None:
     t.change(f"{A}/firmware/version.info", "7.7.0.1.231", "7.5.0.1.129")
 
 
+BOARD = "npu-smi info -t board -i 0"
+
+
+@scenario("npu-smi finds the firmware wrong", {"DRV006": "fail"}, says="npu-smi says")
+def firmware_by_tool(t: Tree) -> None:
+    t.remove(f"{A}/firmware")
+    t.command(BOARD, "\tNPU ID                         : 0\n\tCompatibility              : NOK\n")
+
+
+@scenario("npu-smi finds the firmware right")
+def good_firmware_by_tool(t: Tree) -> None:
+    t.remove(f"{A}/firmware")
+    t.command(BOARD, "\tNPU ID                         : 0\n\tCompatibility              : OK\n")
+
+
 @scenario("driver libraries not mounted", {"DRV007": "fail"})
 def no_driver_libraries(t: Tree) -> None:
     t.remove(f"{A}/driver/lib64/driver/libascend_hal.so")
@@ -522,6 +537,7 @@ def good_tools(t: Tree) -> None:
     t.command("g++ --version", "g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0\n")
     t.command("cmake --version", "cmake version 3.27.4\n")
     t.command("ninja --version", "1.11.1.git.kitware.jobserver-1\n")
+    t.dist("wheel", "0.45.1")
     t.command("git --version", "git version 2.43.0\n")
 
 
@@ -550,3 +566,19 @@ def nothing(t: Tree) -> None:
     t.nodes, t.commands, t.env = {}, {}, {"CONDA_PREFIX": "/opt/npu"}
     t.undist("torch_npu", "vllm", "vllm_ascend")
     t.dist("numpy", "2.3.0")
+
+
+@scenario("an index without encryption", {"PY015": "info"}, says="http://mirror")
+def plain_index(t: Tree) -> None:
+    t.file("root/.config/pip/pip.conf", "[global]\nindex-url = http://mirror.example/simple\n")
+
+
+@scenario(
+    "the tools for building, without wheel",
+    {"PY016": "fail"},
+    says="wheel missing",
+    options=Options(profiles=("build",)),
+)
+def no_wheel(t: Tree) -> None:
+    good_tools(t)
+    t.undist("wheel")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sllmctl.doctor.checks.deep import COPY, COUNT, IMPORT
+from sllmctl.doctor.checks.deep import COPY, COUNT, IMPORT, PIN
 from sllmctl.doctor.checks.vllm import PATCHED
 from sllmctl.doctor.machine import Options
 from tests.doctor.scenario import scenario
@@ -502,7 +502,14 @@ def a3_deep_ep(t: Tree) -> None:
 DEEP = Options(profiles=("base",), deep=True)
 
 
-def _children(t: Tree, imported: int | None = 0, count: str = "8", copied: int | None = 0) -> None:
+def _children(
+    t: Tree,
+    imported: int | None = 0,
+    count: str = "8",
+    copied: int | None = 0,
+    pinned: int | None = 0,
+) -> None:
+    t.command(PYTHON + PIN, "ok\n", pinned, "RuntimeError: aclrtMallocHost failed: 207001\n")
     t.command(
         PYTHON + IMPORT,
         "2.5.1\n",
@@ -534,6 +541,61 @@ def unseen(t: Tree) -> None:
 @scenario("a card that hangs", {"DEEP003": "fail"}, options=DEEP, says="does not end")
 def hanging(t: Tree) -> None:
     _children(t, copied=None)
+
+
+@scenario("memory that cannot be pinned", {"DEEP004": "fail"}, options=DEEP, says="207001")
+def not_pinned(t: Tree) -> None:
+    _children(t, pinned=1)
+
+
+SOURCE = Options(profiles=("store",), source="/root/ServerlessLLM/sllm_store")
+
+
+def _source(t: Tree, build: str = "2.5.1", environment: str = "/opt/npu") -> None:
+    base = "root/ServerlessLLM/sllm_store"
+    t.file(f"{base}/requirements-build.txt", f"cmake>=3.20\ntorch=={build}\n")
+    t.file(f"{base}/requirements.txt", "grpcio==1.49.1\ntorch==2.5.1\ntorch-npu==2.5.1\n")
+    t.file(f"{base}/CMakeLists.txt", f"set(Torch_DIR {environment}/lib/python3.10)\n")
+    t.env["USE_CANN"] = "1"
+
+
+@scenario(
+    "a source that builds with another torch",
+    {"STORE004": "warn"},
+    base=with_store,
+    options=SOURCE,
+    says="torch 2.4.0",
+)
+def flip_flop(t: Tree) -> None:
+    _source(t, build="2.4.0")
+
+
+@scenario(
+    "a source that names another environment",
+    {"STORE004": "warn"},
+    base=with_store,
+    options=SOURCE,
+    says="/root/miniconda3/envs/sllm-worker",
+)
+def foreign_path(t: Tree) -> None:
+    _source(t, environment="/root/miniconda3/envs/sllm-worker")
+
+
+@scenario(
+    "a source built without USE_CANN",
+    {"STORE004": "warn"},
+    base=with_store,
+    options=SOURCE,
+    says="USE_CANN",
+)
+def no_use_cann(t: Tree) -> None:
+    _source(t)
+    del t.env["USE_CANN"]
+
+
+@scenario("a source that can be built", base=with_store, options=SOURCE)
+def good_source(t: Tree) -> None:
+    _source(t)
 
 
 @scenario("an empty machine", {"PY003": "fail", "IO003": "info"}, base=lambda t: t, options=CONVERT)

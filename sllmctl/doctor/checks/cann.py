@@ -33,7 +33,8 @@ MIXABLE = {"8.5.2", "9.0.0", "9.0.1"}
     title="CANN is installed",
     why="torch_npu and every engine on Ascend run on CANN",
     looks_at="ASCEND_HOME_PATH, ASCEND_TOOLKIT_HOME, LD_LIBRARY_PATH, /usr/local/Ascend and "
-    "~/Ascend; the version from *_install.info, version.cfg, version.info or the folder's name",
+    "~/Ascend; the version from *_install.info, version.cfg, version.info or the folder's name "
+    "(`ascend-dmi -c` belongs to another package, the toolbox)",
 )
 def installed(m: Machine) -> Finding:
     if m.cann is None:

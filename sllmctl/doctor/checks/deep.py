@@ -15,6 +15,7 @@ COPY = (
     "    assert torch.ones(1).to(f'npu:{i}').cpu().item() == 1\n"
     "print('copied')"
 )
+PIN = "import torch, torch_npu; torch.empty(64 << 20, dtype=torch.uint8).pin_memory(); print('ok')"
 
 
 def _child(m: Machine, script: str) -> tuple[Ran, str]:
@@ -95,4 +96,25 @@ def copies(m: Machine) -> Finding:
         say("a copy to a card fails: {error}", error=said),
         cmd("tensor.to('npu')", said),
         fix="npu-smi info",
+    )
+
+
+@check(
+    "DEEP004",
+    title="host memory can be pinned",
+    why="checkpoints go to a card by pinned memory",
+    looks_at="a pinned buffer of 64 MiB, in a child",
+    level=2,
+    needs=("DEEP002",),
+)
+def pins(m: Machine) -> Finding:
+    ran, said = _child(m, PIN)
+    if ran.code == 0:
+        return ok(say("host memory can be pinned"))
+    if ran.code is None:
+        return _hung("pin_memory()")
+    return fail(
+        say("host memory cannot be pinned: {error}", error=said),
+        cmd("pin_memory()", said),
+        fix="docker run --ulimit memlock=-1 ..." if m.in_container else "ulimit -l unlimited",
     )

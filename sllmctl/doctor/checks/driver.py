@@ -10,6 +10,7 @@ from sllmctl.doctor.check import (
     Finding,
     Status,
     check,
+    cmd,
     fail,
     file,
     info,
@@ -193,14 +194,23 @@ def driver_complete(m: Machine) -> Finding:
     "DRV006",
     title="driver and firmware go together",
     why="each names the versions of the other that it accepts",
-    looks_at="compatible_version_fw of the driver against Version of the firmware, and "
-    "compatible_version_drv the other way round",
+    looks_at="Compatibility in `npu-smi info -t board`; compatible_version_fw of the driver "
+    "against Version of the firmware, and compatible_version_drv the other way round",
     needs=("DRV004",),
 )
 def firmware(m: Machine) -> Finding:
     path = f"{os.path.dirname(m.driver_path)}/firmware/version.info"  # noqa: PTH120
     values = key_values(m.probe.read_text(path))
     version = values.get("Version", "")
+    said = _board(m)
+    if said and said[1].upper() not in ("OK", "NA"):
+        return fail(
+            say("npu-smi says that driver and firmware do not go together"),
+            cmd(said[0], f"Compatibility: {said[1]}"),
+            advice=say("install driver and firmware of the same release, then reboot"),
+        )
+    if said and not version:
+        return ok(say("npu-smi says that driver and firmware go together"), cmd(*said))
     if not version or not m.driver:
         return skip(say("the firmware's version is on the host only"))
     intervals = _INTERVAL.findall(m.driver_info.get("compatible_version_fw", ""))
@@ -227,6 +237,15 @@ def firmware(m: Machine) -> Finding:
             *seen,
         )  # fmt: skip
     return ok(say("firmware {version} suits the driver", version=version), *seen)
+
+
+def _board(m: Machine) -> tuple[str, str] | None:
+    """What npu-smi says about the compatibility of the first card: (command, word), or None."""
+    if not m.smi.cards:
+        return None
+    argv = ["npu-smi", "info", "-t", "board", "-i", str(m.smi.cards[0].npu)]
+    match = re.search(r"^\s*Compatibility\s*:\s*(\S+)", m.probe.run(argv).out, re.MULTILINE)
+    return (" ".join(argv), match[1]) if match else None
 
 
 @check(

@@ -186,10 +186,41 @@ def libgomp(m: Machine) -> Finding:
 
 
 @check(
+    "PY015",
+    title="pip asks an index that has what is needed",
+    why="mirrors of PyPI hold no CPU builds of torch for x86_64; plain http can be tampered with",
+    looks_at="PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and pip.conf",
+    severity=Status.INFO,
+)
+def pip_index(m: Machine) -> Finding:
+    home = m.probe.host.home
+    places = [f"{home}/.config/pip/pip.conf", f"{home}/.pip/pip.conf", "/etc/pip.conf"]
+    text = "\n".join(m.probe.read_text(path) or "" for path in places)
+    urls = [m.env.get("PIP_INDEX_URL", ""), *m.env.get("PIP_EXTRA_INDEX_URL", "").split()]
+    urls += re.findall(r"https?://[^\s,]+", text)
+    urls = [url for url in urls if url]
+    plain = [url for url in urls if url.startswith("http://")]
+    if plain:
+        return info(
+            say("pip asks an index without encryption: {url}", url=plain[0]),
+            env("PIP_INDEX_URL", plain[0]),
+            fix=f"pip config set global.index-url {plain[0].replace('http://', 'https://', 1)}",
+        )
+    if urls and m.arch == "x86_64" and not any("download.pytorch.org" in url for url in urls):
+        return info(
+            say("the CPU build of torch for x86_64 is not on this mirror: {url}", url=urls[0]),
+            env("PIP_INDEX_URL", urls[0]),
+            fix="pip install torch==<version> --index-url https://download.pytorch.org/whl/cpu",
+        )
+    return ok(say("pip asks an index that has what is needed"))
+
+
+@check(
     "PY016",
     title="the tools for building extensions are here",
     why="sllm-store, vllm-ascend and sgl-kernel-npu are built on the machine",
-    looks_at="g++ (9 or later), cmake (3.20 or later, below 4), ninja and git in PATH",
+    looks_at="g++ (9 or later), cmake (3.20 or later, below 4), ninja and git in PATH; the "
+    "package wheel, or setuptools from 70.1 on",
     level=1,
     profiles="build",
 )
@@ -208,11 +239,14 @@ def build_tools(m: Machine) -> Finding:
         wrong_cmake = tool == "cmake" and not (3, 20) <= version < (4,)
         if old_gcc or wrong_cmake:
             problems.append((tool, ".".join(map(str, version))))
+    setuptools = release(m.dists.version("setuptools"))
+    if not m.dists.get("wheel") and (not setuptools or setuptools < (70, 1)):
+        problems.append(("wheel", "missing"))
     if problems:
         names = ", ".join(f"{tool} {state}" for tool, state in problems)
         return fail(
             say("build tools are missing or of the wrong version: {names}", names=names),
             *(file(tool, state) for tool, state in problems),
-            fix="conda install -c conda-forge gxx=11 'cmake>=3.20,<4' ninja git",
+            fix="conda install -c conda-forge gxx=11 'cmake>=3.20,<4' ninja git wheel",
         )
     return ok(say("the build tools are here"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 
 from sllmctl.doctor.check import (
     Finding,
@@ -11,6 +12,7 @@ from sllmctl.doctor.check import (
     check,
     cmd,
     dist,
+    env,
     fail,
     file,
     info,
@@ -19,12 +21,15 @@ from sllmctl.doctor.check import (
     say,
     skip,
     warn,
+    worst,
 )
 from sllmctl.doctor.machine import Machine
 
 DIST, MODULE = "serverless-llm-store", "sllm_store"
 PORT = 8073
 CHUNK_BYTES = 32 << 20
+_TORCH = re.compile(r"^torch\s*==\s*([\w.]+)", re.MULTILINE)
+_ENVIRONMENT = re.compile(r"(/[\w./-]*/envs/[\w.-]+)")
 
 
 def package_of(m: Machine) -> str | None:
@@ -146,6 +151,67 @@ def extensions(m: Machine) -> Finding:
             fix=rebuild,
         )
     return ok(say("the extensions use CANN"), *(file(path) for path in paths))
+
+
+@check(
+    "STORE004",
+    title="the source of sllm-store can be built here",
+    why="its build installs one torch and its requirements another; its CMake file names a path",
+    looks_at="--source: torch in requirements.txt and requirements-build.txt, paths in "
+    "CMakeLists.txt, and USE_CANN and ASCEND_TOOLKIT_HOME",
+    severity=Status.WARN,
+    profiles="store build",
+)
+def source(m: Machine) -> Finding:
+    given = m.options.source
+    base = next(
+        (d for d in (given, f"{given}/{MODULE}") if m.probe.exists(f"{d}/CMakeLists.txt")), None
+    )
+    if not given or base is None:
+        return skip(say("--source is no source of sllm-store"))
+    found: list[Finding | None] = []
+    pins = {
+        name: match[1]
+        for name in ("requirements-build.txt", "requirements.txt")
+        if (match := _TORCH.search(m.probe.read_text(f"{base}/{name}") or ""))
+    }
+    if len(set(pins.values())) > 1:
+        torch = m.dists.version("torch") or pins["requirements.txt"]
+        found.append(
+            warn(
+                say("the build asks for torch {build}, the installation for torch {run}",
+                    build=pins["requirements-build.txt"], run=pins["requirements.txt"]),
+                *(file(f"{base}/{name}", version) for name, version in pins.items()),
+                fix=f"pip install --no-build-isolation --no-deps {base}  # with torch {torch} here",
+            )
+        )  # fmt: skip
+    text = m.probe.read_text(f"{base}/CMakeLists.txt", 1 << 20) or ""
+    foreign = [p for p in _ENVIRONMENT.findall(text) if p != m.probe.host.prefix]
+    if foreign:
+        found.append(
+            warn(
+                say("CMakeLists.txt names another environment: {path}", path=foreign[0]),
+                file(f"{base}/CMakeLists.txt", foreign[0]),
+                fix=f"sed -i 's#{foreign[0]}#{m.probe.host.prefix}#g' {base}/CMakeLists.txt",
+            )
+        )
+    if m.has_ascend and m.env.get("USE_CANN") != "1":
+        found.append(
+            warn(
+                say("without USE_CANN=1 the build is for the CPU"),
+                env("USE_CANN", m.env.get("USE_CANN", "unset")),
+                fix="export USE_CANN=1",
+            )
+        )
+    if m.has_ascend and not m.env.get("ASCEND_TOOLKIT_HOME"):
+        found.append(
+            warn(
+                say("{name} is not set", name="ASCEND_TOOLKIT_HOME"),
+                env("ASCEND_TOOLKIT_HOME", "unset"),
+                fix=f"source {m.set_env}",
+            )
+        )
+    return worst(found, ok(say("the source of sllm-store can be built here"), file(base)))
 
 
 @check(
