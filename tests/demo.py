@@ -1,7 +1,8 @@
 """`make demo`: the main job on real input, as a user would type it, and what it gains.
 
 A real model (all-MiniLM-L6-v2) and a generated Qwen3-shaped one of about 1 GB are converted and
-loaded; their outputs are compared with `from_pretrained`, and the loads timed beside safetensors.
+loaded; their outputs are compared with `from_pretrained`; a store keeps them warm; and the loads
+are timed beside safetensors'.
 Everything is left in `demo/`, so that a second run is quick.
 """
 
@@ -12,12 +13,16 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 DIRECTORY = Path("demo")
 STORAGE = DIRECTORY / "models"
+SOCKET = DIRECTORY / "store.sock"
 GENERATED_SIZE = "1GB"
+POOL_SIZE = "2GB"
 ROUNDS = 3
 
 
@@ -45,15 +50,47 @@ def main() -> None:
     shell("load", "all-minilm-l6-v2", "--prompt", "the weights are there already")
     prove("all-minilm-l6-v2", real)
     prove("qwen3-1gb", generated)
-    compare(STORAGE / "qwen3-1gb")
+    print(f"\n$ sllmctl serve --mem-pool-size {POOL_SIZE} &", flush=True)
+    with store():
+        for _ in ("the first load fills the pool", "the second is warm"):
+            shell("load", "qwen3-1gb")
+        shell("warm", "all-minilm-l6-v2", "--pin")
+        shell("status")
+        shell("ls")
+        compare(STORAGE / "qwen3-1gb")
 
 
 def shell(*arguments: object) -> None:
     """Show a command, and run it."""
     words = ["sllmctl", *map(str, arguments)]
     print(f"\n$ {shlex.join(words)}", flush=True)
-    environment = {**os.environ, "SLLMCTL_STORAGE_PATH": str(STORAGE)}
-    subprocess.run([sys.executable, "-m", *words], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", *words], check=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """What the commands run in: our storage path, and a store of our own or none."""
+    return {
+        **os.environ,
+        "SLLMCTL_STORAGE_PATH": str(STORAGE),
+        "SLLMCTL_SOCKET": str(SOCKET.resolve()),
+    }
+
+
+@contextmanager
+def store() -> Iterator[None]:
+    """A store in the background, until the block ends."""
+    command = [sys.executable, "-m", "sllmctl", "serve", "--mem-pool-size", POOL_SIZE]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("ready"):
+                break
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def prove(name: str, source: Path) -> None:
@@ -68,7 +105,7 @@ def prove(name: str, source: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(source)
     auto = "AutoModelForCausalLM" if config.model_type == "qwen3" else "AutoModel"
     theirs = getattr(transformers, auto).from_pretrained(source)
-    ours = load_model(name, storage_path=STORAGE, hf_model_class=auto)
+    ours = load_model(name, storage_path=STORAGE, hf_model_class=auto, store="off")
     ids = torch.arange(1, 33).unsqueeze(0)
     with torch.inference_mode():
         outputs = [model(input_ids=ids)[0] for model in (ours, theirs)]
@@ -88,12 +125,17 @@ def compare(path: Path) -> None:
 
     shards = sorted(path.glob("*.safetensors"))
     nbytes = sum(shard.stat().st_size for shard in shards)
-    loaders: dict[str, Any] = {
+    direct: dict[str, Any] = {
         "sllmctl": lambda: cases.ours(path),
         "safetensors": lambda: cases.safetensors_load(path),
     }
-    print(f"\n{'':12}{'loader':14}{'ready':>10}{'every byte read':>18}   (median of {ROUNDS})")
-    for state, prepare in (("from disk", measure.make_cold), ("page cache", measure.make_hot)):
+    via_store = {"sllmctl": lambda: cases.through_store(path, SOCKET)}
+    print(f"\n{'':14}{'loader':14}{'ready':>10}{'every byte read':>18}   (median of {ROUNDS})")
+    for state, prepare, loaders in (
+        ("from disk", measure.make_cold, direct),
+        ("page cache", measure.make_hot, direct),
+        ("warm in store", measure.make_cold, via_store),
+    ):
         samples: dict[str, list[measure.Sample]] = {name: [] for name in loaders}
         for _ in range(ROUNDS):
             for name, case in loaders.items():
@@ -104,7 +146,7 @@ def compare(path: Path) -> None:
         for name, runs in samples.items():
             ready = statistics.median(run.ready_s for run in runs)
             whole = statistics.median(run.all_s or 0.0 for run in runs)
-            print(f"{state:12}{name:14}{format_seconds(ready):>10}{format_seconds(whole):>18}")
+            print(f"{state:14}{name:14}{format_seconds(ready):>10}{format_seconds(whole):>18}")
             state = ""
 
 
