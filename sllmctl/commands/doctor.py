@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from datetime import datetime, timezone
@@ -260,7 +261,7 @@ def _compare(here: dict[str, Any], path: Path, console: Console) -> int:
 
 def _write_report(name: str, text: str, console: Console) -> None:
     try:
-        Path(name).write_text(text, encoding="utf-8")
+        Path(name).write_text(text, encoding="utf-8", errors="replace")
     except OSError as exc:
         raise ConfigError(f"cannot write `{name}`: {exc.strerror}") from exc
     console.warn(f"the report is in `{name}`; read it before you send it")
@@ -277,9 +278,19 @@ def _print(text: list[str]) -> None:
 def _view(lang: str, verbose: bool) -> View:
     if lang and lang not in LANGUAGES:
         raise typer.BadParameter(f"`{lang}` is none of {', '.join(LANGUAGES)}", param_hint="--lang")
-    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    language = lang or language_of(dict(os.environ))
-    return View(language if unicode or lang else "en", unicode, hide_secrets, verbose)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths and variables may hold bytes that are no text: they must not end the command.
+        sys.stdout.reconfigure(errors="replace")
+    language = lang or (language_of(dict(os.environ)) if _can_write("中文") else "en")
+    return View(language, _can_write("✓✗·"), hide_secrets, verbose)
+
+
+def _can_write(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _profiles(text: str) -> tuple[str, ...]:

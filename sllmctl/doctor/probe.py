@@ -184,7 +184,7 @@ class Probe:
 
     def may(self, path: str, mode: int) -> bool:
         """Whether this process may read, write or enter (os.R_OK, W_OK, X_OK)."""
-        return os.access(path, mode, effective_ids=True)
+        return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
     def run(self, argv: Sequence[str], timeout_s: float = RUN_TIMEOUT_S) -> Ran:
         """Run a command and take the first 256 KiB of what it says."""

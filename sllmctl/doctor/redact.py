@@ -33,6 +33,7 @@ _SECRETS: list[tuple[re.Pattern[str], str]] = [
         r"\1***",
     ),
 ]
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _DEVICE_IDS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"(Serial Number\s*:\s*)\S+", re.IGNORECASE), r"\1<id>"),
     (re.compile(r"([VN]Die ID\s*:\s*)[0-9A-Fa-f ]+", re.IGNORECASE), r"\1<id>"),
@@ -43,7 +44,11 @@ _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(?![\w
 
 
 def hide_secrets(text: str) -> str:
-    """The text without tokens, passwords and what else opens doors."""
+    """The text without tokens, passwords and what else opens doors, on one line.
+
+    Control characters go too: what a file says must not steer a terminal.
+    """
+    text = _CONTROLS.sub(" ", text)
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text

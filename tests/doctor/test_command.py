@@ -182,3 +182,21 @@ def test_a_real_server_is_asked_past_every_proxy(
     assert "the server knows no Qwen3-8B, but autodl-tmp/Qwen/Qwen3-8B" in done.stdout
     closed = doctor("--only", "SRV001", "--base-url", url)
     assert closed.exit_code == 3
+
+
+def test_no_byte_of_the_environment_ends_the_command() -> None:
+    """Bytes that are no text, escape sequences, and a terminal that knows ASCII alone."""
+    env = {
+        **{os.fsencode(k): os.fsencode(v) for k, v in os.environ.items()},
+        b"LD_PRELOAD": b"/opt/\xff\x1b[31m.so",
+        b"PYTHONIOENCODING": b"ascii",
+        b"LANG": b"zh_CN.UTF-8",
+    }
+    for arguments in ([], ["--lang", "zh", "-v"], ["--json"], ["--report", "-"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "sllmctl", "doctor", "--only", "ENV", *arguments],
+            capture_output=True, env=env, check=False,
+        )  # fmt: skip
+        assert done.returncode in (0, 3), done.stderr
+        assert b"\x1b" not in done.stdout
+        assert b"ENV010" in done.stdout
