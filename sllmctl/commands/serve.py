@@ -48,6 +48,15 @@ def serve(
         list[str] | None,
         typer.Option("--preload", metavar="NAME", help="Warm this model at the start. Repeatable."),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="HOST:PORT",
+            help="Serve Prometheus metrics and /healthz, such as at 127.0.0.1:9464.",
+            show_default=False,
+        ),
+    ] = None,
     io_threads: Threads = None,
 ) -> None:
     """Keep checkpoints warm in host memory, for every process on this machine.
@@ -86,6 +95,7 @@ def serve(
         group=_group_id(group),
         preload=preload or (),
         threads=io_threads or 0,
+        metrics=metrics,
     )
     daemon = Daemon(settings)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from sllmctl.store.connection import Connection
 from sllmctl.store.filler import identify
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import close_fds
+from sllmctl.store.protocol import Message, close_fds
 from sllmctl.store.service import Service, Settings
 
 log = logging.getLogger(__name__)
 _REAP_EVERY_S = 0.5
 _BACKLOG = 1024
+_ANSWER_S = 5.0
 
 
 class Daemon:
@@ -53,7 +55,12 @@ class Daemon:
         prefault = threading.Thread(
             target=self.keeper.pool.prefault, args=(self._stop,), name="sllm-prefault", daemon=True
         )
+        metrics = None
         try:
+            if self.settings.metrics is not None:
+                from sllmctl.store.metrics import serve_metrics
+
+                metrics = serve_metrics(self.settings.metrics, self._ask)
             self._loop.add_reader(listener, self._accept, listener)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._loop.stop)
@@ -65,6 +72,9 @@ class Daemon:
             self._loop.run_forever()
         finally:
             self._stop.set()
+            if metrics is not None:
+                metrics.shutdown()
+                metrics.server_close()
             listener.close()
             with suppress(OSError):
                 self.settings.socket_path.unlink()
@@ -74,6 +84,12 @@ class Daemon:
             self._loop.run_forever()
             self.keeper.close()
             self._loop.close()
+
+    def _ask(self) -> Message:
+        """The status, for another thread."""
+        answer: Future[Message] = Future()
+        self._call_soon(lambda: answer.set_result(self.service.status()))
+        return answer.result(_ANSWER_S)
 
     def _preload(self, name: str) -> None:
         try:

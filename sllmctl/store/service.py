@@ -28,6 +28,7 @@ class Settings:
         group: Members of this group may use the store, too.
         preload: Names of models to warm at the start.
         threads: Reader threads of one fill; 0 for the library's choice.
+        metrics: Address to serve Prometheus metrics at; None for nowhere.
     """
 
     storage: Path
@@ -37,6 +38,7 @@ class Settings:
     group: int | None = None
     preload: Sequence[str] = ()
     threads: int = 0
+    metrics: str | None = None
 
 
 class Service:

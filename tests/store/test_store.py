@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -342,6 +343,51 @@ class TestLifecycle:
 
     def test_the_socket_is_the_owners_alone(self, store: RunningStore) -> None:
         assert store.socket.stat().st_mode & 0o777 == 0o600
+
+
+class TestMetrics:
+    def test_a_scrape_shows_the_pool_and_what_was_loaded(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
+    ) -> None:
+        port = free_port()
+        store = start_store("--metrics", f"127.0.0.1:{port}")
+        loaded = load(store, make_model("m"), label="m")
+        gc.collect()
+        text = get(port, "/metrics")
+        assert "sllm_pool_bytes 6.7108864e+07" in text
+        assert 'sllm_model_warm_bytes{model="m"}' in text
+        assert "sllm_loads_total 1.0" in text
+        assert "sllm_leases 1.0" in text
+        assert 'sllm_pool_part_bytes{part="orphaned"} 0.0' in text
+        assert get(port, "/healthz") == "ok\n"
+        assert loaded.tensors
+
+    @pytest.mark.parametrize("address", ["9464", "localhost", "127.0.0.1:x", ":1"])
+    def test_an_address_that_is_none_is_refused(self, address: str) -> None:
+        from sllmctl.errors import ConfigError
+        from sllmctl.store.metrics import parse_address
+
+        with pytest.raises(ConfigError, match="is no address"):
+            parse_address(address)
+
+    def test_nothing_listens_on_tcp_unless_asked(self, store: RunningStore) -> None:
+        descriptors = Path(f"/proc/{store.process.pid}/fd").iterdir()
+        inodes = {str(descriptor.readlink()) for descriptor in descriptors}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{store.process.pid}/net/{table}").read_text().splitlines()[1:]:
+                assert f"socket:[{line.split()[9]}]" not in inodes
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def get(port: int, path: str) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+        return str(answer.read().decode())
 
 
 class TestHostileClients:

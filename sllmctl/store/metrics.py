@@ -1,0 +1,120 @@
+"""Prometheus metrics and `/healthz` over HTTP, where somebody asks for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from sllmctl.errors import ConfigError
+from sllmctl.store.protocol import Message
+
+Ask = Callable[[], Message]
+"""Returns the store's status; raises TimeoutError when the store does not answer."""
+
+_POOL_PARTS = ("used", "pinned", "leased", "orphaned", "prefaulted")
+
+
+class StoreCollector(Collector):
+    """The store's status as metrics, taken anew for each scrape."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand: registering must not ask the store, whose loop is not running yet."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric."""
+        status = self._ask()
+        pool, counters = status["pool"], status["counters"]
+        yield GaugeMetricFamily("sllm_pool_bytes", "Budget of the pool.", value=pool["bytes"])
+        parts = GaugeMetricFamily(
+            "sllm_pool_part_bytes", "Parts of the pool; they overlap.", labels=["part"]
+        )
+        for part in _POOL_PARTS:
+            parts.add_metric([part], pool[f"{part}_bytes"])
+        yield parts
+        yield GaugeMetricFamily("sllm_leases", "Leases held.", value=len(status["leases"]))
+        warm = GaugeMetricFamily(
+            "sllm_model_warm_bytes", "Warm bytes of a model.", labels=["model"]
+        )
+        for model in status["models"]:
+            warm.add_metric([model["name"]], model["warm_bytes"])
+        yield warm
+        source = CounterMetricFamily(
+            "sllm_bytes", "Bytes of loads, by where they were.", labels=["source"]
+        )
+        source.add_metric(["disk"], counters["bytes_disk"])
+        source.add_metric(["store"], counters["bytes_warm"])
+        yield source
+        for name, text in (
+            ("loads", "Loads and warmings begun."),
+            ("evictions", "Segments taken from models."),
+            ("errors", "Requests refused and fills that failed."),
+        ):
+            yield CounterMetricFamily(f"sllm_{name}", text, value=counters[name])
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Read ``127.0.0.1:9464`` or ``[::1]:9464``.
+
+    Raises:
+        ConfigError: The text is no address with a port.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"`{text}` is no address", hint="write it like 127.0.0.1:9464")
+    return host.strip("[]"), int(port)
+
+
+def serve_metrics(address: str, ask: Ask) -> ThreadingHTTPServer:
+    """Answer `/metrics` and `/healthz` on a thread of its own until `shutdown()`.
+
+    Raises:
+        ConfigError: The address is none, or taken.
+    """
+    registry = CollectorRegistry()
+    registry.register(StoreCollector(ask))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in ("/metrics", "/healthz"):
+                self._answer(404, "text/plain", b"/metrics and /healthz are here\n")
+                return
+            try:
+                body = b"ok\n"
+                if self.path == "/metrics":
+                    body = generate_latest(registry)
+                else:
+                    ask()
+            except TimeoutError:
+                self._answer(503, "text/plain", b"the store does not answer\n")
+                return
+            kind = CONTENT_TYPE_LATEST if self.path == "/metrics" else "text/plain"
+            self._answer(200, kind, body)
+
+        def _answer(self, code: int, kind: str, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """A scrape every few seconds is nothing to write down."""
+
+    host, port = parse_address(address)
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as exc:
+        raise ConfigError(f"cannot serve metrics at `{address}`: {exc.strerror or exc}") from exc
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="sllm-metrics", daemon=True).start()
+    return server
