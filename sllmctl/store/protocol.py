@@ -106,6 +106,8 @@ class Decoder:
             raise StoreError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
         try:
             message = json.loads(line)
+            if b"\\" in line:  # half of a surrogate pair is no text: no path and no log takes it
+                json.dumps(message, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as exc:
             raise StoreError(f"a line that is no JSON: {exc}") from exc
         if not isinstance(message, dict):
