@@ -8,9 +8,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, public
 
 # Checks that speak of parts which do not belong together.
-ABOUT_ROWS = {
-    "PY005", "PY006", "NNAL002", "VLLM001", "VLLM002", "CANN003", "PY008", "STORE003",
-}  # fmt: skip
+ABOUT_ROWS = {"PY005", "PY006", "NNAL002", "VLLM001", "VLLM002", "CANN003"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,8 @@ def rows_for(m: Machine, troubled: set[str]) -> tuple[Row, ...]:
             if m.nnal:
                 rows[-1]["NNAL"] = pair.cann
     scored = sorted(((_score(row, installed), -i, row) for i, row in enumerate(rows)), reverse=True)
+    if any(score == len(row) for score, _, row in scored):
+        return ()
     chosen = [row for score, _, row in scored if score == scored[0][0] and score > 0][:2]
     # A row that keeps CANN as it is costs least: always show one beside the nearest.
     kept = [row for score, _, row in scored if row["CANN"] == installed["CANN"] and score > 0][:1]

@@ -48,7 +48,7 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
     Where nothing is known but torch_npu's `ERR99999` stands (it follows every exception and says
     nothing), the exception before it is returned, as signature "".
     """
-    known = [(signature, _compile(signature)) for signature in tables.signatures]
+    known = [(s, _words(s.pattern), _compile(s)) for s in tables.signatures]
     found: dict[str, Match] = {}
     before: tuple[int, str] | None = None
     unknown: tuple[int, str] | None = None
@@ -59,7 +59,14 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
             continue
         if _EXCEPTION.match(line):
             before = number, line
-        hit = next((s for s, pattern in known if pattern.search(line)), None)
+        hit = next(
+            (
+                signature
+                for signature, words, pattern in known
+                if any(word in line for word in words) and pattern.search(line)
+            ),
+            None,
+        )
         if hit is not None:
             _add(found, hit.id, number, line, say(hit.cause), hit.checks)
         elif match := _TRAILER.search(line):
@@ -92,3 +99,33 @@ def _compile(signature: Signature) -> re.Pattern[str]:
     return re.compile(
         _NUMBER.sub(lambda match: "(?i:" + _CODE.format(match[1]) + ")", signature.pattern)
     )
+
+
+def _words(pattern: str) -> list[str]:
+    """For each alternative of a pattern the longest text that a matching line must hold.
+
+    Looking for these first makes a log of a million lines a matter of seconds.
+    """
+    return [_longest(alternative) for alternative in _alternatives(_NUMBER.sub(r"\1", pattern))]
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The parts between the bars that stand outside of parentheses."""
+    parts, depth, skip = [""], 0, False
+    for char in pattern:
+        depth += 0 if skip else (char == "(") - (char == ")")
+        if char == "|" and depth == 0 and not skip:
+            parts.append("")
+        else:
+            parts[-1] += char
+        skip = char == "\\" and not skip
+    return parts
+
+
+def _longest(alternative: str) -> str:
+    text = re.sub(r"\\[bBwWdDsS][+*?]?", "\0", alternative)
+    while (shorter := re.sub(r"(?<!\\)\((?:\\.|[^()\\])*\)[?*+]?", "\0", text)) != text:
+        text = shorter
+    for variable in (r"\[[^\]]*\][?*+]?", r"(?<!\\)\.[*+?]?", r"(?<!\\)[^\\\0][?*]"):
+        text = re.sub(variable, "\0", text)
+    return max(re.sub(r"\\(.)", r"\1", text).split("\0"), key=len)

@@ -70,6 +70,23 @@ def test_a_known_line_leads_to_its_cause(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("AttributeError: `np.float_` was removed in the NumPy 2.0 release.", "L29"),
+        ("drv: Resource_Busy(EL0005)", "L11"),
+        ("RuntimeError: 0 active drivers ([]). There should only be one.", "L30"),
+        ("OSError: [Errno 28] No space left on device: '/dev/shm/psm_1'", "L32"),
+        ("openai.APIConnectionError: Connect error: connection refused", "L47"),
+        ("x.whl is not a supported wheel on this platform.", "L25"),
+        ("CANN toolkit not found at /usr/local/Ascend", "L36"),
+        ("ERROR: Could not find a version that satisfies the requirement torch-npu==9", "L23"),
+    ],
+)
+def test_other_wordings_are_known_too(line: str, name: str) -> None:
+    assert [match.id for match in read_log([line], TABLES)] == [name]
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "allocated 207001 bytes for pid 561103",

@@ -33,3 +33,14 @@ def test_each_check_has_a_scenario_that_needs_it(check_id: str, place: Path) -> 
 def test_each_check_passes_somewhere() -> None:
     passed = {o.check.id for name in SCENARIOS for o in examined(name).of(Status.PASS)}
     assert passed == set(CHECKS)
+
+
+def test_rows_are_offered_where_parts_disagree_and_only_there() -> None:
+    offered = {name: [row.name for row in examined(name).rows] for name in SCENARIOS}
+    for name in (
+        "guide 1: CANN 8.0.0 with torch 2.5.1 and NNAL 8.1.RC1",
+        "guide 1, with vLLM installed",
+    ):
+        assert offered[name] == ["vllm-ascend 0.7.3.post1", "vllm-ascend 0.8.4rc2"]
+    for name in ("healthy 8.1.RC1", "sllm-store on an untested CANN", "numpy 2 on CANN 8.1"):
+        assert offered[name] == []
