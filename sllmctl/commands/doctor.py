@@ -21,7 +21,7 @@ from sllmctl.doctor.examine import Examination, examine, matching
 from sllmctl.doctor.fix import plan
 from sllmctl.doctor.log_signatures import read_log
 from sllmctl.doctor.machine import Machine, Options
-from sllmctl.doctor.probe import Probe, TreeProbe
+from sllmctl.doctor.probe import DESCRIPTION, Probe, TreeProbe
 from sllmctl.doctor.redact import Redactor, hide_secrets
 from sllmctl.doctor.report import differences, markdown, read_document
 from sllmctl.doctor.tables import load_tables
@@ -80,7 +80,9 @@ def doctor(
     ] = "",
     root: Annotated[
         Path | None,
-        typer.Option("--root", help="Look at a machine in a directory: an unpacked image."),
+        typer.Option(
+            "--root", help="Look at a machine in a directory, which its machine.json describes."
+        ),
     ] = None,
     tables: Annotated[
         Path | None, typer.Option("--tables", help="Version tables other than this release's.")
@@ -331,4 +333,7 @@ def _explain(id: str, view: View) -> list[str]:  # noqa: A002
 def _directory(root: Path) -> Path:
     if not root.is_dir():
         raise typer.BadParameter(f"`{root}` is no directory", param_hint="--root")
+    if not (root / DESCRIPTION).is_file():
+        # Without it nothing says which interpreter, user and environment the files belong to.
+        raise typer.BadParameter(f"`{root}` holds no {DESCRIPTION}", param_hint="--root")
     return root

@@ -75,6 +75,7 @@ def test_only_and_skip_take_ids_and_their_beginnings(doctor: Doctor, machine: Ma
     [
         ["--only", "NOPE"], ["--skip", "XYZ"], ["--explain", "NNAL"], ["--profile", "gpu"],
         ["--lang", "fr"], ["--root", "/nonexistent"],
+        ["--root", "/usr"],
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_exit_2(doctor: Doctor, arguments: list[str]) -> None:
