@@ -16,7 +16,7 @@ PACKAGE = Path(sllmctl.__file__).parent
 def said_in_source() -> set[str]:
     """First arguments of `say(...)`, where they are literals."""
     found = set()
-    places = [*(PACKAGE / "doctor").rglob("*.py"), PACKAGE / "commands" / "doctor.py"]
+    places = [*(PACKAGE / "doctor").rglob("*.py"), PACKAGE / "commands" / "doctor_run.py"]
     for path in places:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not node.args:
