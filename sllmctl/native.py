@@ -304,14 +304,19 @@ class Job:
         _check(lib.sllm_job_chunks_done(self._handle, first, count, done, error), error)
         return bytes(ffi.buffer(done, count))
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Stop what runs and end the job, within 0.3 s.
 
         A thread that sits in a read which does not return keeps the job and its memory: they
         stay until the process ends, for the thread may still write there.
+
+        Returns:
+            Whether it ended. If not, nobody may use the memory for anything else, or close the
+            files.
         """
-        self._end()
+        ended = self._end()
         self._handle = ffi.NULL
+        return ended is not False
 
     def __enter__(self) -> Job:
         return self
@@ -320,9 +325,11 @@ class Job:
         self.close()
 
 
-def _end_job(handle: Any, keep: object) -> None:
+def _end_job(handle: Any, keep: object) -> bool:
     if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) != lib.SLLM_OK:
         _stuck.append(keep)
+        return False
+    return True
 
 
 _stuck: list[object] = []

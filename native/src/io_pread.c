@@ -73,6 +73,13 @@ sllm_status sllmi_source_open(int fd, const char *path, bool direct, sllmi_sourc
         return sllmi_fail(err, SLLM_E_IO, os_errno, "cannot stat `%s`: %s (%s)", path,
                           strerror(os_errno), sllmi_errno_name(os_errno));
     }
+    /* Opened anew below, with this process' own rights: a descriptor that gives its holder no
+     * right to read must not become one that does. Source: open(2), O_PATH. */
+    int status_flags = fcntl(fd, F_GETFL);
+    if (status_flags < 0 || (status_flags & O_PATH) != 0 ||
+        (status_flags & O_ACCMODE) == O_WRONLY) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "`%s` is not open for reading", path);
+    }
     if (!S_ISREG(source->at_open.st_mode)) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "`%s` is not a regular file", path);
     }

@@ -72,11 +72,14 @@ def serve(
     from sllmctl.core.config import find_models
     from sllmctl.core.config import storage_path as choose_storage_path
     from sllmctl.core.host import available_memory_bytes
+    from sllmctl.core.load import MAX_THREADS
     from sllmctl.store.daemon import Daemon
     from sllmctl.store.pool import choose_segment_bytes
     from sllmctl.store.protocol import server_socket
     from sllmctl.store.service import Settings
 
+    if io_threads is not None and not 1 <= io_threads <= MAX_THREADS:
+        raise ConfigError(f"`{io_threads}` reader threads", hint=f"use 1 to {MAX_THREADS}")
     available = available_memory_bytes()
     pool_bytes = _pool_bytes(mem_pool_size, available)
     if pool_bytes > available:

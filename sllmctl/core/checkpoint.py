@@ -42,11 +42,16 @@ _NUMBERS = re.compile(r"([0-9]+)")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a checkpoint; sizes and offsets in bytes."""
+    """One file of a checkpoint; sizes and offsets in bytes.
+
+    ``stamp`` is the device, inode, size and modification time (ns) of the file whose header was
+    read: what is opened later under its name must be that very file.
+    """
 
     path: Path
     size: int
     data_offset: int
+    stamp: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,8 @@ def read_shard(path: Path, shard: int = 0) -> tuple[Shard, list[TensorEntry], di
         raise CheckpointError(f"`{path}` shrank while its header was read")
     data_offset = PREFIX_BYTES + length
     entries, metadata = parse_header(raw, size - data_offset, str(path), shard=shard)
-    return Shard(path, size, data_offset), entries, metadata
+    stamp = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+    return Shard(path, size, data_offset, stamp), entries, metadata
 
 
 def _pread(fd: int, length: int, offset: int) -> bytes:

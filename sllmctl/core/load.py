@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MapMode = Literal["auto", "never"]
-_MAX_THREADS = 64
+MAX_THREADS = 64
 _MAX_CHUNK_BYTES = 2**30
 _VERIFY_SLICE_MS = 20
 _IN_PLACE_HINT = "replace checkpoints by rename, never in place, and load again"
@@ -65,8 +65,8 @@ class LoadOptions:
         if mode not in ("auto", "never"):
             raise ConfigError(f"`{mode}` is not a way to map files", hint="use auto or never")
         count = threads if threads is not None else os.environ.get("SLLMCTL_THREADS") or 0
-        if not str(count).isdigit() or int(count) > _MAX_THREADS:
-            raise ConfigError(f"`{count}` reader threads", hint=f"use 1 to {_MAX_THREADS}")
+        if not str(count).isdigit() or int(count) > MAX_THREADS:
+            raise ConfigError(f"`{count}` reader threads", hint=f"use 1 to {MAX_THREADS}")
         size = chunk_size or os.environ.get("SLLMCTL_CHUNK_SIZE") or 0
         chunk_bytes = size if isinstance(size, int) else parse_size(size)
         if chunk_bytes % PAGE_BYTES or chunk_bytes > _MAX_CHUNK_BYTES:
@@ -157,11 +157,16 @@ def open_shard(shard: Shard, stack: ExitStack) -> int:
     except OSError as exc:
         raise CheckpointError(f"cannot open shard `{shard.path}`: {exc.strerror}") from exc
     stack.callback(os.close, fd)
-    size = os.fstat(fd).st_size
-    if size != shard.size:
+    found = os.fstat(fd)
+    if found.st_size != shard.size:
         raise CheckpointError(
-            f"`{shard.path}` changed from {shard.size} to {size} bytes since its header was read",
+            f"`{shard.path}` changed from {shard.size} to {found.st_size} bytes "
+            "since its header was read",
             hint=_IN_PLACE_HINT,
+        )
+    if shard.stamp not in (None, (found.st_dev, found.st_ino, *stamp_of(fd))):
+        raise CheckpointError(
+            f"`{shard.path}` was replaced since its header was read", hint="load it again"
         )
     return fd
 

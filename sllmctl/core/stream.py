@@ -87,18 +87,16 @@ class _OpenShard:
 
 
 class _Files:
-    """Shards, opened when the first of their tensors is due."""
+    """All shards, opened at once: a checkpoint that is replaced meanwhile is read to its end."""
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions, stack: ExitStack) -> None:
         self.options = options
-        self._shards = checkpoint.shards
-        self._stack = stack
+        self._shards = [(shard, open_shard(shard, stack)) for shard in checkpoint.shards]
         self._last: tuple[int, _OpenShard] | None = None
 
     def open(self, index: int) -> _OpenShard:
         if self._last is None or self._last[0] != index:
-            shard = self._shards[index]
-            fd = open_shard(shard, self._stack)
+            shard, fd = self._shards[index]
             view = map_shard(shard, fd, self.options)
             self._last = index, _OpenShard(shard, fd, stamp_of(fd), view)
         return self._last[1]

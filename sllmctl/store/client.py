@@ -63,7 +63,8 @@ class StoreClient:
         line = encode({**message, "fds": len(fds)} if fds else message)
         try:
             sent = socket.send_fds(self._sock, [line], fds) if fds else self._sock.send(line)
-            self._sock.sendall(line[sent:])
+            if sent < len(line):  # nothing left to send must not notice that we were refused
+                self._sock.sendall(line[sent:])
         except OSError as exc:
             self.close()
             raise StoreUnreachable(f"the store is gone: {exc.strerror or exc}") from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import socket
@@ -112,6 +113,9 @@ class Connection:
             self.end(str(exc))
         except OSError as exc:
             self.end(exc.strerror)
+        except Exception:
+            log.exception("client pid %d dropped: a bug", self.pid)
+            self.end()
         finally:
             for _, own in messages:  # after one that ended the connection
                 close_fds(own)
@@ -155,6 +159,9 @@ class Connection:
     def _handle(self, message: Message, fds: list[int]) -> None:
         """Answer a request. What it refuses is answered too, and the connection goes on."""
         name = message.get("op")
+        if not isinstance(name, str):
+            close_fds(fds)
+            raise StoreError("a message without an operation")
         if name != "shards":
             close_fds(fds)
         if not self._greeted:
@@ -210,6 +217,11 @@ class Connection:
         ):
             raise StoreError("a list of shards that does not match its descriptors")
         for name, fd in zip(names, fds, strict=True):
+            # The store may read more than its client: what the client cannot read, it must not
+            # have read to it. An O_PATH descriptor, say, takes no right to the file at all.
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+                raise StoreError(f"`{name}` is not open for reading")
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise StoreError(f"`{name}` is not a regular file")
@@ -308,6 +320,9 @@ class Connection:
             raise StoreError(f"the store holds no `{name}`", hint="see `sllmctl status`")
         freed, kept = 0, []
         for model in models:
+            if name is None and model.pinned:
+                kept.append(f"`{model.name}` is pinned: name it to evict it")
+                continue
             try:
                 held = model.warm_bytes
                 self._keeper.evict(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -26,6 +27,7 @@ from sllmctl.store.service import Service, Settings
 log = logging.getLogger(__name__)
 _REAP_EVERY_S = 0.5
 _BACKLOG = 1024
+_ACCEPT_PAUSE_S = 1.0
 _ANSWER_S = 5.0
 
 
@@ -51,7 +53,9 @@ class Daemon:
         """
         asyncio.set_event_loop(self._loop)
         _raise_descriptor_limit()
+        lock = lock_socket(self.settings.socket_path)
         listener = listen(self.settings.socket_path, self.settings.group)
+        bound = self.settings.socket_path.stat().st_ino
         prefault = threading.Thread(
             target=self.keeper.pool.prefault, args=(self._stop,), name="sllm-prefault", daemon=True
         )
@@ -77,13 +81,15 @@ class Daemon:
                 metrics.server_close()
             listener.close()
             with suppress(OSError):
-                self.settings.socket_path.unlink()
+                if self.settings.socket_path.stat().st_ino == bound:
+                    self.settings.socket_path.unlink()
             for connection in list(self._connections):
                 self._loop.call_soon(connection.end)
             self._loop.call_soon(self._loop.stop)
             self._loop.run_forever()
             self.keeper.close()
             self._loop.close()
+            os.close(lock)
 
     def _ask(self) -> Message:
         """The status, for another thread."""
@@ -122,6 +128,10 @@ class Daemon:
         except OSError as exc:
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 log.warning("no descriptor left for another client: raise `ulimit -n`")
+                self._loop.remove_reader(listener)  # it stays readable: pause, not spin
+                self._loop.call_later(
+                    _ACCEPT_PAUSE_S, self._loop.add_reader, listener, self._accept, listener
+                )
             return
         self._connections.add(Connection(self.service, sock, self._connections.discard))
 
@@ -134,6 +144,33 @@ class Daemon:
             self._loop.call_soon_threadsafe(function)
 
 
+def lock_socket(path: Path) -> int:
+    """Take the place beside a socket that one store at a time has; it is left with its process.
+
+    Raises:
+        StoreError: Another store has it, or it cannot be made.
+    """
+    lock_path = path.with_name(f"{path.name}.lock")
+    try:
+        # The socket's own mode says who may connect; its directory only has to be ours.
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise StoreError(
+            f"cannot listen at `{path}`: {exc.strerror or exc}",
+            hint="give another --socket, in a directory of yours",
+        ) from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StoreError(
+            f"a store serves `{path}` already",
+            hint="`sllmctl status` shows it; or give another --socket",
+        ) from None
+    return fd
+
+
 def listen(path: Path, group: int | None) -> socket.socket:
     """Listen at a path; a socket that nobody serves any more is replaced.
 
@@ -141,7 +178,6 @@ def listen(path: Path, group: int | None) -> socket.socket:
         StoreError: Somebody serves it, or it cannot be made.
     """
     try:
-        path.parent.mkdir(mode=0o755 if group is not None else 0o700, parents=True, exist_ok=True)
         if path.is_socket():
             _replace_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -39,9 +39,22 @@ def identify(fds: Sequence[int]) -> Identity:
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a filling ended.
+
+    Attributes:
+        reason: Why some parts did not arrive; None if all did.
+        stuck: A read does not return, and may still write to the segments that did not arrive.
+    """
+
+    reason: str | None
+    stuck: bool = False
+
+
 def fill(
     work: Filling, full: Callable[[list[Piece]], None], stopped: Callable[[], bool]
-) -> str | None:
+) -> Outcome:
     """Read every part; runs on a thread of its own.
 
     Args:
@@ -50,7 +63,7 @@ def fill(
         stopped: Asked a hundred times a second; true ends the work.
 
     Returns:
-        None, or why some parts did not arrive.
+        What came of it.
     """
     chunk_bytes = min(CHUNK_BYTES, work.segment_bytes)
     extents = [
@@ -58,31 +71,48 @@ def fill(
         for (shard, index), segment, nbytes in work.parts
     ]
     chunks = [-(-nbytes // chunk_bytes) for _, _, nbytes in work.parts]
+    reason, ended = None, True
+    try:
+        job = Job(
+            work.files, extents, keep=work.parts, chunk_bytes=chunk_bytes, threads=work.threads
+        )
+        try:
+            reason = _follow(job, work, chunks, full, stopped)
+        finally:
+            ended = job.close()
+    except (SllmError, OSError) as exc:
+        reason = str(exc)
+    finally:
+        if ended:
+            for fd, _ in work.files:
+                os.close(fd)
+    return Outcome(reason, not ended)
+
+
+def _follow(
+    job: Job,
+    work: Filling,
+    chunks: Sequence[int],
+    full: Callable[[list[Piece]], None],
+    stopped: Callable[[], bool],
+) -> str | None:
+    """Tell of full segments until the job ends; or why it does not come to that."""
     waiting = list(range(len(work.parts)))
     starts = [sum(chunks[:number]) for number in waiting]
-    try:
-        with Job(
-            work.files, extents, keep=work.parts, chunk_bytes=chunk_bytes, threads=work.threads
-        ) as job:
-            finished = False
-            while not finished:
-                finished, _ = job.wait(_POLL_MS)
-                if stopped():
-                    return "the store is going down"
-                done = job.chunks_done(0, sum(chunks))
-                arrived = [
-                    number
-                    for number in waiting
-                    if all(done[starts[number] : starts[number] + chunks[number]])
-                ]
-                if finished and identify([fd for fd, _ in work.files]) != work.identity:
-                    return "the files changed while they were read"
-                if arrived:
-                    waiting = [number for number in waiting if number not in arrived]
-                    full([work.parts[number][0] for number in arrived])
-        return None
-    except (SllmError, OSError) as exc:
-        return str(exc)
-    finally:
-        for fd, _ in work.files:
-            os.close(fd)
+    finished = False
+    while not finished:
+        finished, _ = job.wait(_POLL_MS)
+        if stopped():
+            return "the store is going down"
+        if finished and identify([fd for fd, _ in work.files]) != work.identity:
+            return "the files changed while they were read"
+        done = job.chunks_done(0, sum(chunks))
+        arrived = [
+            number
+            for number in waiting
+            if all(done[starts[number] : starts[number] + chunks[number]])
+        ]
+        if arrived:
+            waiting = [number for number in waiting if number not in arrived]
+            full([work.parts[number][0] for number in arrived])
+    return None

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from sllmctl.errors import StoreError
 from sllmctl.native import Segment
-from sllmctl.store.filler import Filling, fill
+from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.pool import Pool
 from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_victims
 
 log = logging.getLogger(__name__)
-_FILLERS = 4
+_FILLERS = 16
 
 
 @dataclass(slots=True)
@@ -74,14 +74,22 @@ class Keeper:
             self.models[identity] = model
         elif trusted_name:
             model.name = name
+        if trusted_name:
+            for other in self.models.values():
+                if other is not model and other.name == name:
+                    other.pinned = False  # the checkpoint was replaced: its pin goes with the name
         now = time.monotonic()
         model.last_used_s = now
         lease = Lease(model, pid, now, arrived, settled)
         model.leases.add(lease)
         self.counters.loads += 1
         self.counters.bytes_warm += model.warm_bytes
-        if not model.filling:
-            self._fill(model, fds)
+        try:
+            if not model.filling:
+                self._fill(model, fds)
+        except BaseException:
+            self.release(lease)
+            raise
         if model.filling:
             model.waiting.add(lease)
         return lease
@@ -123,37 +131,50 @@ class Keeper:
 
     def _fill(self, model: StoredModel, fds: Sequence[int]) -> None:
         missing = [piece for piece in model.pieces() if piece not in model.warm]
-        if not missing:
-            return
-        segments = self._make_room(model, len(missing))
-        taken = dict(zip(missing, segments, strict=False))
+        taken = dict(zip(missing, self._make_room(model, len(missing)), strict=False))
         if not taken:
             return
-        model.coming, model.filling = taken, True
-        parts = [(piece, segment, model.piece_bytes(piece)) for piece, segment in taken.items()]
+        # Shards by their number among those that are read.
         used = sorted({shard for shard, _ in taken})
         numbers = {shard: number for number, shard in enumerate(used)}
-        work = Filling(
-            files=[(os.dup(fds[shard]), model.shards[shard][0]) for shard in used],
-            identity=tuple(model.identity[shard] for shard in used),
-            parts=[((numbers[s], index), segment, size) for (s, index), segment, size in parts],
-            segment_bytes=model.segment_bytes,
-            threads=self.threads,
-        )
-        sizes = {piece: size for piece, _, size in work.parts}
-        targets = {piece: segment for piece, segment, _ in work.parts}
+        parts = {
+            (numbers[piece[0]], piece[1]): (segment, model.piece_bytes(piece))
+            for piece, segment in taken.items()
+        }
+        own: list[int] = []
+        try:
+            own += [os.dup(fds[shard]) for shard in used]
+            work = Filling(
+                files=[(fd, model.shards[shard][0]) for fd, shard in zip(own, used, strict=True)],
+                identity=tuple(model.identity[shard] for shard in used),
+                parts=[(piece, *part) for piece, part in parts.items()],
+                segment_bytes=model.segment_bytes,
+                threads=self.threads,
+            )
 
-        def full(pieces: list[Piece]) -> None:
-            for piece in pieces:
-                self.pool.wipe_after(targets[piece], sizes[piece])
-            mine = [(used[number], index) for number, index in pieces]
-            self.call_soon(lambda: self._arrived(model, mine))
+            def full(pieces: list[Piece]) -> None:
+                for piece in pieces:
+                    self.pool.wipe_after(*parts[piece])
+                arrived = [(used[number], index) for number, index in pieces]
+                self.call_soon(lambda: self._arrived(model, arrived))
 
-        def run() -> None:
-            reason = fill(work, full, self._stopping.is_set)
-            self.call_soon(lambda: self._settled(model, reason))
+            def run() -> None:
+                try:
+                    outcome = fill(work, full, self._stopping.is_set)
+                except Exception as exc:
+                    log.exception("filling `%s` failed", model.name)
+                    outcome = Outcome(f"{type(exc).__name__}: {exc}", stuck=True)
+                self.call_soon(lambda: self._settled(model, outcome))
 
-        self._fillers.submit(run)
+            self._fillers.submit(run)
+        except BaseException:
+            for fd in own:
+                os.close(fd)
+            for segment in taken.values():
+                self.pool.release(segment)
+            raise
+        # Messages of the filler come to this thread, and so after this.
+        model.coming, model.filling = taken, True
 
     def _make_room(self, model: StoredModel, count: int) -> list[Segment]:
         short = count - self.pool.available()
@@ -170,9 +191,13 @@ class Keeper:
         for lease in list(model.waiting):
             lease.arrived(pieces)
 
-    def _settled(self, model: StoredModel, reason: str | None) -> None:
+    def _settled(self, model: StoredModel, outcome: Outcome) -> None:
+        reason = outcome.reason
         for segment in model.coming.values():
-            self.pool.release(segment)
+            if outcome.stuck:
+                self.pool.abandon(segment)
+            else:
+                self.pool.release(segment)
         model.coming, model.filling = {}, False
         if reason is not None:
             self.counters.errors += 1

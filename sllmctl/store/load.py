@@ -136,10 +136,10 @@ def _take(
     progress: ProgressFn | None,
 ) -> None:
     """Place what the store sends until it has no more."""
-    coming = {(shard, index) for shard, index in attached["coming"]}
     total = sum(shard.size for shard in arrival.shards)
     done = 0
     try:
+        coming = {(shard, index) for shard, index in attached["coming"]}
         while True:
             message, fds = client.receive()
             if message.get("event") == "settled":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,6 +75,10 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+class _Server6(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
 def serve_metrics(address: str, ask: Ask) -> ThreadingHTTPServer:
     """Answer `/metrics` and `/healthz` on a thread of its own until `shutdown()`.
 
@@ -112,7 +117,7 @@ def serve_metrics(address: str, ask: Ask) -> ThreadingHTTPServer:
 
     host, port = parse_address(address)
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = (_Server6 if ":" in host else ThreadingHTTPServer)((host, port), Handler)
     except OSError as exc:
         raise ConfigError(f"cannot serve metrics at `{address}`: {exc.strerror or exc}") from exc
     server.daemon_threads = True

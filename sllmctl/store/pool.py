@@ -14,6 +14,8 @@ MIN_SEGMENT_BYTES = 2 * MIB
 MAX_SEGMENT_BYTES = 256 * MIB
 _SEGMENTS_WANTED = 16
 _PREFAULT_STEP_BYTES = 32 * MIB
+_PREFAULT_DEADLINE_S = 5.0
+_PREFAULT_RETRY_S = 1.0
 
 
 def choose_segment_bytes(pool_bytes: int) -> int:
@@ -43,13 +45,22 @@ class Pool:
                 f"{format_size(segment_bytes)}",
                 hint="use a larger --mem-pool-size or a smaller --segment-size",
             )
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._free: list[Segment] = []
         self._orphans: list[Segment] = []
-        self._made = 0
-        self._warm: set[Segment] = set()  # those whose pages are all there
+        self._abandoned: list[Segment] = []
+        self._all: list[Segment] = []
+        self._warm: set[Segment] = set()  # those whose pages were supplied beforehand
         self._used: set[Segment] = set()  # those that held a model before
-        self.prefaulted_bytes = 0
+        self._in_hand = False  # the prefaulter has one that is neither free nor given out
+        self._wanted = False  # and is asked for it
+        first = self._make()
+        if not first.recyclable:
+            raise ConfigError(
+                "this kernel does not tell who still holds a piece of memory",
+                hint="the store takes Linux 5.3 or later, with file leases",
+            )
+        self._free.append(first)
 
     @property
     def bytes(self) -> int:
@@ -59,29 +70,45 @@ class Pool:
     @property
     def orphaned_bytes(self) -> int:
         """What was evicted and is still seen by somebody."""
-        return len(self._orphans) * self.segment_bytes
+        return (len(self._orphans) + len(self._abandoned)) * self.segment_bytes
+
+    @property
+    def prefaulted_bytes(self) -> int:
+        """Segments whose pages were supplied beforehand."""
+        return len(self._warm) * self.segment_bytes
 
     @property
     def locked(self) -> bool:
-        """Whether every page that is there is locked in memory."""
-        with self._lock:
-            return bool(self._warm) and all(segment.locked for segment in self._warm)
+        """Whether every segment there is is locked in memory."""
+        return all(segment.locked for segment in list(self._all))
 
     def available(self) -> int:
         """How many segments `obtain` would give now."""
         self.reap()
-        return self.capacity - self._made + len(self._free)
+        with self._changed:
+            return self.capacity - len(self._all) + len(self._free) + self._in_hand
 
     def obtain(self, count: int) -> list[Segment]:
         """Up to ``count`` segments that nobody sees; those with pages first."""
         self.reap()
-        with self._lock:
-            segments = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        while len(segments) < count and self._made < self.capacity:
-            try:
-                segments.append(self._make())
-            except HostMemoryError:
-                break
+        segments: list[Segment] = []
+        with self._changed:
+            while len(segments) < count:
+                if self._free:
+                    segments.append(self._free.pop())
+                elif len(self._all) < self.capacity:
+                    try:
+                        segments.append(self._make())
+                    except HostMemoryError:
+                        break
+                elif self._in_hand:  # for as long as the kernel takes to supply 32 MiB
+                    self._wanted = True
+                    self._changed.wait(_PREFAULT_DEADLINE_S)
+                    if not self._free:
+                        break
+                else:
+                    break
+            self._wanted = False
         return segments
 
     def release(self, segment: Segment) -> None:
@@ -90,8 +117,12 @@ class Pool:
         if segment.held:
             self._orphans.append(segment)
         else:
-            with self._lock:
+            with self._changed:
                 self._free.append(segment)
+
+    def abandon(self, segment: Segment) -> None:
+        """Never use a segment again: a read that does not return may still write to it."""
+        self._abandoned.append(segment)
 
     def reap(self) -> None:
         """Free the orphans that nobody sees any more."""
@@ -110,34 +141,44 @@ class Pool:
         Filling a segment supplies its pages too: this makes the first load as fast as the second.
         """
         while not stop.is_set():
-            with self._lock:
+            with self._changed:
                 segment = next((one for one in self._free if one not in self._warm), None)
                 if segment is not None:
                     self._free.remove(segment)
-                elif self._made >= self.capacity:
-                    return
-            try:
-                segment = segment or self._make()
-                for at in range(0, self.segment_bytes, _PREFAULT_STEP_BYTES):
-                    if stop.is_set():
+                elif len(self._all) < self.capacity:
+                    try:
+                        segment = self._make()
+                    except HostMemoryError:
                         return
-                    size = min(_PREFAULT_STEP_BYTES, self.segment_bytes - at)
-                    segment.prefault(at, size)
-            except HostMemoryError:
+                elif self._warm.issuperset(self._all):
+                    return
+                self._in_hand = segment is not None
+            if segment is None:
+                stop.wait(_PREFAULT_RETRY_S)  # those that are in use come back some day
+            elif not self._supply(segment, stop):
                 return
-            with self._lock:
-                self._warm.add(segment)
-                self.prefaulted_bytes += self.segment_bytes
+
+    def _supply(self, segment: Segment, stop: threading.Event) -> bool:
+        """Supply a segment's pages, and give it back; False when there is no memory left."""
+        whole = False
+        try:
+            for at in range(0, self.segment_bytes, _PREFAULT_STEP_BYTES):
+                if stop.is_set() or self._wanted:
+                    return True
+                segment.prefault(at, min(_PREFAULT_STEP_BYTES, self.segment_bytes - at))
+            whole = True
+            return True
+        except HostMemoryError:
+            return False
+        finally:
+            with self._changed:
+                if whole:
+                    self._warm.add(segment)
                 self._free.append(segment)
+                self._in_hand = False
+                self._changed.notify_all()
 
     def _make(self) -> Segment:
-        with self._lock:
-            if self._made >= self.capacity:
-                raise HostMemoryError("the pool is at its limit")
-            self._made += 1
-        try:
-            return Segment(self.segment_bytes)
-        except BaseException:
-            with self._lock:
-                self._made -= 1
-            raise
+        segment = Segment(self.segment_bytes)
+        self._all.append(segment)
+        return segment

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sllmctl import load_tensors, stream_tensors
 from sllmctl.core import load as load_module
@@ -245,3 +245,34 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("the kernel does not say")
+
+
+def replace_by_rename(directory: Path, seed: int) -> None:
+    """What the documentation says to do: every shard anew, of the same size."""
+    for number, path in enumerate(sorted(directory.glob("*.safetensors"))):
+        tensors = {
+            name: torch.full_like(tensor, seed) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        fresh = path.with_name(f"{number}.new")
+        save_file(tensors, fresh, metadata={"format": "pt"})
+        assert fresh.stat().st_size == path.stat().st_size
+        fresh.rename(path)
+
+
+def test_a_shard_that_was_replaced_since_its_header_was_read_is_refused(
+    tiny_checkpoint: Path,
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    replace_by_rename(tiny_checkpoint, 2)
+    with pytest.raises(CheckpointError, match="was replaced since its header was read"):
+        load(checkpoint, MAP)
+
+
+def test_a_stream_never_mixes_two_versions_of_a_checkpoint(tiny_checkpoint: Path) -> None:
+    want = {name: tensor.clone() for name, tensor in expected(tiny_checkpoint).items()}
+    pairs = stream_tensors(tiny_checkpoint)
+    got = dict([next(pairs)])
+    replace_by_rename(tiny_checkpoint, 3)
+    got |= dict(pairs)
+    assert_equal(got, want)

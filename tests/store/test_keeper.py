@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from sllmctl.errors import ReadError
 from sllmctl.store.filler import identify
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
@@ -103,3 +107,62 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept_whole(tmp_path: Path) 
     assert keeper.pool.available() == 4
     os.close(fd)
     keeper.close()
+
+
+def test_a_read_that_does_not_return_keeps_its_segments_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that cannot end: its threads may still write, so nobody else may get the memory."""
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(SEGMENT))
+    monkeypatch.setattr("sllmctl.native.Job.wait", _failing)
+    monkeypatch.setattr("sllmctl.native.Job.close", lambda self: bool(self._end() and False))
+    held = Held()
+    keeper = Keeper(Pool(SEGMENT, SEGMENT), held.call_soon)
+    lease = attach(keeper, path)
+    while lease.model.filling:
+        held.deliver()
+    assert keeper.pool.available() == 0
+    assert keeper.pool.orphaned_bytes == SEGMENT
+    keeper.close()
+
+
+def test_an_unforeseen_failure_of_a_filler_does_not_wedge_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(SEGMENT))
+
+    def broken(*_: object) -> None:
+        raise TypeError("unforeseen")
+
+    monkeypatch.setattr("sllmctl.store.keeper.fill", broken)
+    held = Held()
+    keeper = Keeper(Pool(SEGMENT, SEGMENT), held.call_soon)
+    lease = attach(keeper, path)
+    while lease.model.filling:
+        held.deliver()
+    assert lease.model.warm == {}
+    keeper.close()
+
+
+def test_a_store_without_descriptors_left_refuses_and_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(SEGMENT))
+    keeper = Keeper(Pool(SEGMENT, SEGMENT), Held().call_soon)
+
+    def none_left(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("sllmctl.store.keeper.os.dup", none_left)
+    with pytest.raises(OSError, match="Too many"):
+        attach(keeper, path)
+    assert keeper.models == {}
+    assert keeper.pool.available() == 1
+    keeper.close()
+
+
+def _failing(*_: object) -> None:
+    raise ReadError("cannot read `model` at byte 0: Input/output error (EIO)")

@@ -114,3 +114,23 @@ def test_a_models_parts_cover_every_byte_once() -> None:
     pieces = list(stored.pieces())
     assert pieces == [(0, 0), (0, 1), (0, 2), (2, 0)]
     assert [stored.piece_bytes(piece) for piece in pieces] == [2 * MIB, 2 * MIB, MIB, 2 * MIB]
+
+
+def test_what_the_prefaulter_has_in_hand_is_had_back_for_who_asks() -> None:
+    pool = Pool(6 * SEGMENT, SEGMENT)
+    stop = threading.Event()
+    thread = threading.Thread(target=pool.prefault, args=(stop,))
+    thread.start()
+    assert len(pool.obtain(6)) == 6
+    stop.set()
+    thread.join()
+    assert pool.available() == 0
+
+
+def test_a_segment_that_may_still_be_written_to_is_never_used_again() -> None:
+    pool = Pool(2 * SEGMENT, SEGMENT)
+    (segment, other) = pool.obtain(2)
+    pool.abandon(segment)
+    pool.release(other)
+    assert pool.obtain(2) == [other]
+    assert pool.orphaned_bytes == SEGMENT

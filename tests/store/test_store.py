@@ -452,3 +452,55 @@ class TestHostileClients:
         segments = store.status()["pool"]["used_bytes"] // (2 * MIB)
         limit = before + 2 * max(segments, 32)
         store.wait_for(lambda _: store.open_descriptors() <= limit)
+
+
+class TestRights:
+    @pytest.mark.parametrize("flags", [os.O_PATH, os.O_WRONLY])
+    def test_a_descriptor_that_gives_no_right_to_read_is_refused(
+        self, store: RunningStore, make_model: MakeModel, flags: int
+    ) -> None:
+        """The store opens it anew with its own rights, which may be more than the client's."""
+        (shard, *_) = sorted(make_model("m").glob("*.safetensors"))
+        fd = os.open(shard, flags)
+        with StoreClient(store.socket) as client:
+            client.send_shards([shard.name], [fd])
+            with pytest.raises(StoreError, match="is not open for reading"):
+                client.receive()
+        os.close(fd)
+
+    def test_another_user_is_refused(self, store: RunningStore, make_model: MakeModel) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("only root can try as somebody else")
+        script = (
+            "import os, socket, sys; os.setuid(65534)\n"
+            "s = socket.socket(socket.AF_UNIX)\n"
+            "try: s.connect(sys.argv[1])\n"
+            "except PermissionError: sys.exit(13)"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(store.socket)], check=False)
+        assert done.returncode == 13
+
+
+def test_evict_all_leaves_what_is_pinned(store: RunningStore, make_model: MakeModel) -> None:
+    make_model("m")
+    with StoreClient(store.socket) as client:
+        client.ask({"op": "warm", "name": "m", "pin": True})
+        while client.receive()[0]["event"] != "settled":
+            pass
+        client.ask({"op": "detach"})
+        answer = client.ask({"op": "evict", "name": None})
+        assert answer["bytes"] == 0
+        assert answer["kept"] == ["`m` is pinned: name it to evict it"]
+        assert client.ask({"op": "evict", "name": "m"})["bytes"] > 0
+
+
+def test_a_store_that_ends_leaves_its_successors_socket_alone(
+    start_store: Callable[..., RunningStore],
+) -> None:
+    first = start_store()
+    first.socket.unlink()
+    with pytest.raises(AssertionError, match="serves .* already"):
+        start_store()
+    assert first.end() == 0
+    second = start_store()
+    assert second.status()["models"] == []
