@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 from sllmctl.errors import ReadError
-from sllmctl.native import PAGE_BYTES, probe_file
+from sllmctl.native import PAGE_BYTES, Memory, probe_file
 
 _DIRECT_MIN_BYTES = 2**20
 _REFUSALS = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -23,10 +22,10 @@ class Buffer:
     __slots__ = ("address", "nbytes", "view")
 
     def __init__(self, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes + PAGE_BYTES)
+        memory = Memory.create(nbytes + PAGE_BYTES)  # huge pages: direct reads pin few of them
         self.nbytes = nbytes
-        self.view = memoryview(memory)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.view = memoryview(memory.buffer)
+        self.address = memory.address
 
 
 class SourceFile:
