@@ -268,8 +268,8 @@ typedef struct sllm_extent {
 
 typedef struct sllm_job_options {
     uint64_t size;         /* sizeof(sllm_job_options) */
-    uint64_t chunk_bytes;  /* largest read, a multiple of 4096; 0: 16 MiB */
-    uint32_t threads;      /* readers, 1 to 64; 0: 4 */
+    uint64_t chunk_bytes;  /* largest read, a multiple of 4096; 0: 8 MiB */
+    uint32_t threads;      /* readers, 1 to 64; 0: 8 */
     uint32_t flags;        /* SLLM_JOB_* */
     uint32_t stall_ms;     /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
     uint32_t device_count; /* length of devices; 0 for host memory alone */

@@ -13,8 +13,8 @@
 #include "os.h"
 #include "ring.h"
 
-#define DEFAULT_CHUNK_BYTES (16u << 20)
-#define DEFAULT_THREADS 4u
+#define DEFAULT_CHUNK_BYTES (8u << 20)
+#define DEFAULT_THREADS 8u
 #define DEFAULT_STALL_MS 60000u
 
 static void free_job(sllm_job *job)

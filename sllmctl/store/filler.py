@@ -10,7 +10,7 @@ from sllmctl.errors import SllmError
 from sllmctl.native import Extent, Job, Segment
 from sllmctl.store.residency import Identity, Piece
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 _POLL_MS = 10
 
 
