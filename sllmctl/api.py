@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
-from sllmctl.core.layout import DEFAULT_SHARD_BYTES
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.progress import ProgressFn
+from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
 from sllmctl.errors import ConfigError, StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_through_store
@@ -23,7 +23,7 @@ from sllmctl.store.load import load_through_store
 if TYPE_CHECKING:
     import torch
 
-    from sllmctl.core.convert import ConvertResult
+    from sllmctl.core.write.convert import ConvertResult
 
 Model = str | os.PathLike[str]
 StoreUse = Literal["auto", "require", "off"]
@@ -174,10 +174,10 @@ def run_conversion(
         HubError: The hub refused, failed or cannot be reached.
         SllmError: As ``core.convert.convert`` raises them.
     """
-    from sllmctl.core.convert import convert as convert_directory
-    from sllmctl.core.hub import fetch
+    from sllmctl.core.hub.fetch import fetch
     from sllmctl.core.manifest import Origin
     from sllmctl.core.places import find_source
+    from sllmctl.core.write.convert import convert as convert_directory
 
     place = find_source(source)
     target = place.target(output, storage_path)
@@ -260,6 +260,6 @@ def save_tensors(
     Raises:
         SllmError: As ``core.save.save_tensors`` raises them.
     """
-    from sllmctl.core.save import save_tensors as save
+    from sllmctl.core.write.save import save_tensors as save
 
     return save(tensors, Path(path), files=files, force=force).path

@@ -12,7 +12,7 @@ from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
 
 if TYPE_CHECKING:
-    from sllmctl.core.convert import ConvertResult
+    from sllmctl.core.write.convert import ConvertResult
 
 
 class Dtype(str, Enum):

@@ -94,7 +94,7 @@ def _walk(directory: Path, storage: Path, depth: int) -> Iterator[tuple[str, Pat
 
 
 def _hint(model: str, storage: Path) -> str:
-    from sllmctl.core.hub import find_cached
+    from sllmctl.core.hub.fetch import find_cached
 
     names = [name for name, _ in find_models(storage)]
     by_end = {name.rsplit("/", 1)[-1].lower(): name for name in names}

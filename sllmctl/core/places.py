@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllmctl.core.config import looks_like_path, storage_path
-from sllmctl.core.hub_cache import COMMIT
+from sllmctl.core.hub.cache import COMMIT
 from sllmctl.core.manifest import Origin
 from sllmctl.errors import CheckpointNotFound
 

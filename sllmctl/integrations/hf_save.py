@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sllmctl.core.convert import convert
 from sllmctl.core.manifest import Origin
-from sllmctl.core.save import save_tensors
-from sllmctl.core.sources import list_source
-from sllmctl.core.target import require_replaceable
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.save import save_tensors
+from sllmctl.core.write.sources import list_source
+from sllmctl.core.write.target import require_replaceable
 from sllmctl.errors import CheckpointNotFound, ConfigError
 from sllmctl.integrations.hf_build import quiet_transformers
 

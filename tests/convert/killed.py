@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sllmctl.core import target as target_module
-from sllmctl.core.convert import convert
+from sllmctl.core.write import target as target_module
+from sllmctl.core.write.convert import convert
 
 _AUDITED = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

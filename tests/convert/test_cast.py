@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.convert import convert
-from sllmctl.core.float32 import kept_in_float32
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.float32 import kept_in_float32
 from sllmctl.errors import ConfigError
 from tests.conftest import write_checkpoint
 from tests.convert.conftest import assert_same_tensors, files_of

@@ -14,12 +14,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from sllmctl.core import assemble, scan
+from sllmctl.core import scan
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.convert import convert
 from sllmctl.core.fileio import Buffer
-from sllmctl.core.layout import alignment_of
 from sllmctl.core.manifest import Origin, read_manifest
+from sllmctl.core.write import assemble
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.layout import alignment_of
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ChecksumMismatch, ConfigError
 from tests.conftest import some_tensors, write_checkpoint
 from tests.convert.conftest import TENSORS, assert_same_tensors, files_of, only_child
@@ -345,7 +346,7 @@ def test_ctrl_c_under_force_leaves_the_old_checkpoint(source: Path, target: Path
 
 def test_no_torch_is_imported_to_convert(source: Path, target: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from sllmctl.core.convert import convert\n"
+        "import sys; from pathlib import Path; from sllmctl.core.write.convert import convert\n"
         "from sllmctl.core.verify import verify\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2])); assert verify(Path(sys.argv[2])).ok\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sllmctl.core import writer
-from sllmctl.core.convert import convert
-from sllmctl.core.save import save_tensors
+from sllmctl.core.write import writer
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.save import save_tensors
 from sllmctl.errors import CheckpointError, ConfigError
 from tests.conftest import write_checkpoint
 from tests.convert.conftest import files_of

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from sllmctl.core import assemble
-from sllmctl.core.convert import convert
-from sllmctl.core.target import Target
 from sllmctl.core.verify import verify
+from sllmctl.core.write import assemble
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.target import Target
 from tests.convert.conftest import TENSORS, assert_same_tensors, files_of, only_child
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import torch
 import xxhash
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.convert import convert
 from sllmctl.core.verify import verify
+from sllmctl.core.write.convert import convert
 from tests.raw import entry, write_raw
 
 GIB = 2**30
@@ -44,7 +44,8 @@ def require_space(directory: Path, nbytes: int) -> None:
 # ru_maxrss would count the process that started this one; VmHWM begins anew.
 PEAK = (
     "import sys; from pathlib import Path\n"
-    "from sllmctl.core.convert import convert; from sllmctl.core.save import save_tensors\n"
+    "from sllmctl.core.write.convert import convert\n"
+    "from sllmctl.core.write.save import save_tensors\n"
     "def peak():\n"
     "    text = Path('/proc/self/status').read_text()\n"
     "    return int(text.split('VmHWM:')[1].split()[0]) * 1024\n"

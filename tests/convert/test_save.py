@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sllmctl.core import tensor_bytes
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.save import save_tensors
 from sllmctl.core.verify import verify
+from sllmctl.core.write import tensor_bytes
+from sllmctl.core.write.save import save_tensors
 from sllmctl.errors import CheckpointError, ConfigError
 from tests.conftest import same_bits, some_tensors
 from tests.convert.conftest import assert_same_tensors, files_of, only_child

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sllmctl.core.convert import convert
-from sllmctl.core.sources import list_source
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.sources import list_source
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 from tests.conftest import some_tensors, write_checkpoint
 from tests.convert.conftest import TENSORS, assert_same_tensors, files_of

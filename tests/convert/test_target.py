@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sllmctl.core import target as target_module
-from sllmctl.core.convert import convert
-from sllmctl.core.target import Target
+from sllmctl.core.write import target as target_module
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.target import Target
 from sllmctl.errors import CheckpointError, ConfigError
 from tests.convert.conftest import TENSORS, assert_same_tensors, files_of, only_child
 

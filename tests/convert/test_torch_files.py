@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.convert import convert
 from sllmctl.core.fileio import SourceFile
-from sllmctl.core.sources import list_source
-from sllmctl.core.tensor_bytes import TensorBytes
-from sllmctl.core.torch_files import open_torch_files
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.sources import list_source
+from sllmctl.core.write.tensor_bytes import TensorBytes
+from sllmctl.core.write.torch_files import open_torch_files
 from sllmctl.errors import CheckpointError
 from tests.convert.conftest import TENSORS, assert_same_tensors, files_of
 

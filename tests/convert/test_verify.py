@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sllmctl.core import fileio
-from sllmctl.core.convert import convert
 from sllmctl.core.verify import verify
+from sllmctl.core.write.convert import convert
 from sllmctl.errors import CheckpointNotFound
 from tests.conftest import write_checkpoint
 from tests.convert.conftest import TENSORS

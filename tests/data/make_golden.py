@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sllmctl.core.manifest import FORMAT_VERSION
-from sllmctl.core.save import save_tensors
+from sllmctl.core.write.save import save_tensors
 
 GOLDEN = Path(__file__).parent / f"checkpoint_v{FORMAT_VERSION}"
 

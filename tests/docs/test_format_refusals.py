@@ -11,9 +11,9 @@ import pytest
 import xxhash
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.convert import convert
 from sllmctl.core.header import parse_header
 from sllmctl.core.manifest import parse_manifest
+from sllmctl.core.write.convert import convert
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 
 U8: dict[str, Any] = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}

@@ -18,8 +18,8 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from sllmctl.core.convert import convert
 from sllmctl.core.manifest import Origin
+from sllmctl.core.write.convert import convert
 from tests.conftest import same_bits, some_tensors, write_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
@@ -284,7 +284,7 @@ def test_the_fields_of_the_page_are_those_of_the_manifest() -> None:
 
 def test_a_walk_over_a_storage_path_passes_over_what_is_being_made(tmp_path: Path) -> None:
     from sllmctl.core.config import find_models
-    from sllmctl.core.target import Target
+    from sllmctl.core.write.target import Target
 
     done = convert_example(tmp_path)
     target = tmp_path / "org" / "model"

@@ -7,8 +7,8 @@ import json
 import pytest
 from hub_server import NAME
 
-from sllmctl.core.hub import find_cached
-from sllmctl.core.hub_cache import cache_root, find_snapshot
+from sllmctl.core.hub.cache import cache_root, find_snapshot
+from sllmctl.core.hub.fetch import find_cached
 
 COMMIT = "0123456789" * 4
 WHOLE = {"config.json": "{}", "model.safetensors": "weights"}

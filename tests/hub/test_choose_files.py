@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sllmctl.core.hub_files import choose_files
+from sllmctl.core.hub.files import choose_files
 from sllmctl.errors import HubError
 
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 from hub_server import MIB, NAME, content
 
-from sllmctl.core.hub import fetch, find_cached
-from sllmctl.core.hub_cache import cache_root
+from sllmctl.core.hub.cache import cache_root
+from sllmctl.core.hub.fetch import fetch, find_cached
 from sllmctl.errors import HubError
 
 HUBS = ["huggingface", "modelscope"]
@@ -213,7 +213,7 @@ def test_a_listing_with_an_unsafe_name_is_refused(hub, servers, model, tmp_path)
 def test_the_clients_stay_out_of_the_process_that_fetches(hugging_face, model):
     hugging_face.add(NAME, model)
     code = (
-        "import json, sys; from sllmctl.core.hub import fetch;"
+        "import json, sys; from sllmctl.core.hub.fetch import fetch;"
         f"fetch({NAME!r}, hub='huggingface'); print(json.dumps(sorted(sys.modules)))"
     )
     path = os.pathsep.join(entry for entry in sys.path if entry)

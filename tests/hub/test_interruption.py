@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hub_server import MIB, NAME
 
-from sllmctl.core.hub import fetch
-from sllmctl.core.hub_cache import cache_root
+from sllmctl.core.hub.cache import cache_root
+from sllmctl.core.hub.fetch import fetch
 
 SHARD = "model-00001-of-00002.safetensors"
 DEADLINE_S = 30.0
@@ -25,7 +25,7 @@ def running(hugging_face, model):
     """A process that is in the middle of a download, and the process of its client."""
     hugging_face.add(NAME, model)
     hugging_face.trouble.stall_at[SHARD] = 2 * MIB
-    code = f"from sllmctl.core.hub import fetch; fetch({NAME!r}, hub='huggingface')"
+    code = f"from sllmctl.core.hub.fetch import fetch; fetch({NAME!r}, hub='huggingface')"
     path = os.pathsep.join(entry for entry in sys.path if entry)
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -76,7 +76,9 @@ def test_an_interrupt_in_the_progress_call_leaves_no_process(hub, hugging_face, 
 
 def test_two_downloads_of_one_model_share_the_work(hugging_face, model):
     hugging_face.add(NAME, model)
-    code = f"from sllmctl.core.hub import fetch; print(fetch({NAME!r}, hub='huggingface').path)"
+    code = (
+        f"from sllmctl.core.hub.fetch import fetch; print(fetch({NAME!r}, hub='huggingface').path)"
+    )
     path = os.pathsep.join(entry for entry in sys.path if entry)
     processes = [
         subprocess.Popen(

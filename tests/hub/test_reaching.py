@@ -9,8 +9,8 @@ import threading
 import pytest
 from hub_server import NAME
 
-from sllmctl.core import hub as hub_module
-from sllmctl.core.hub import fetch
+from sllmctl.core.hub import fetch as hub_module
+from sllmctl.core.hub.fetch import fetch
 from sllmctl.errors import ConfigError, HubError
 
 HUBS = ["huggingface", "modelscope"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sllmctl.core.convert import convert
 from sllmctl.core.manifest import Origin
+from sllmctl.core.write.convert import convert
 from tests.models import MODEL_NAMES, make_model, minilm_directory
 
 Place = Callable[[str], Path]

@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from sllmctl.core.save import save_tensors
+    from sllmctl.core.write.save import save_tensors
 
     with TemporaryDirectory() as directory:
         generator = torch.Generator().manual_seed(arguments.seed)

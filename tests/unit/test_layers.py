@@ -28,7 +28,7 @@ RANKS = {
     "native": 20,
     "_native": 10,
 }
-PRINTERS = {"cli", "commands", "console", "bench", "core.hub_child"}
+PRINTERS = {"cli", "commands", "console", "bench", "core.hub.child"}
 HEAVY = {"torch", "transformers", "huggingface_hub", "modelscope", "numpy", "safetensors", "rich"}
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sllmctl.core.checkpoint import natural_key, open_checkpoint
 from sllmctl.core.dtypes import DTYPE_BITS
 from sllmctl.core.header import parse_header
-from sllmctl.core.layout import (
+from sllmctl.core.write.layout import (
     PAGE_BYTES,
     ShardLayout,
     TensorSpec,

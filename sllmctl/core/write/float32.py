@@ -60,7 +60,7 @@ def _ask_transformers(config: dict[str, Any], dtype: str) -> tuple[list[str], se
         return [], set()
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "sllmctl.core.float32", dtype],
+            [sys.executable, "-m", "sllmctl.core.write.float32", dtype],
             input=json.dumps(config),
             capture_output=True,
             text=True,

@@ -27,7 +27,7 @@ _READ_BYTES = 65536
 
 # sys.path travels along, so that the child sees the packages that we see, and not those that
 # happen to lie in the current folder.
-_CODE = "import sys; sys.path[:] = sys.argv[1:]; from sllmctl.core.hub_child import main; main()"
+_CODE = "import sys; sys.path[:] = sys.argv[1:]; from sllmctl.core.hub.child import main; main()"
 
 _ENVIRONMENT = {
     # Xet cannot continue a file that broke off; whoever prefers its speed sets this to 0.
@@ -41,7 +41,7 @@ _ENVIRONMENT = {
 
 
 class ClientError(Exception):
-    """A hub's client failed; ``reason`` is one of the words of ``hub_child``.
+    """A hub's client failed; ``reason`` is one of the words of ``hub.child``.
 
     Attributes:
         planned: The hub had answered, and files were to be fetched.

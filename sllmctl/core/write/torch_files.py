@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from sllmctl.core.fileio import SourceFile
 from sllmctl.core.header import shown
-from sllmctl.core.layout import TensorSpec
-from sllmctl.core.sources import Listing, Weights
-from sllmctl.core.tensor_bytes import collect_tensors
-from sllmctl.core.writer import ByteSource
+from sllmctl.core.write.layout import TensorSpec
+from sllmctl.core.write.sources import Listing, Weights
+from sllmctl.core.write.tensor_bytes import collect_tensors
+from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Download with the ModelScope client. Runs in the process of ``hub_child`` only.
+"""Download with the ModelScope client. Runs in the process of ``hub.child`` only.
 
 ``modelscope_hub`` is the client that the ``modelscope`` package hands downloads to; imported by
 itself it loads no torch.
@@ -12,7 +12,7 @@ from pathlib import Path
 from modelscope_hub import HubApi, ProgressCallback
 from modelscope_hub.types import FileInfo
 
-from sllmctl.core.hub_cache import modelscope_target
+from sllmctl.core.hub.cache import modelscope_target
 
 _WORKERS = 8
 

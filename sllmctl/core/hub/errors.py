@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
 
-from sllmctl.core.hub_cache import cache_root, cache_setting
-from sllmctl.core.hub_process import ClientError
+from sllmctl.core.hub.cache import cache_root, cache_setting
+from sllmctl.core.hub.process import ClientError
 from sllmctl.core.units import format_size
 from sllmctl.errors import HubError
 

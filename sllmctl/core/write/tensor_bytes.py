@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from sllmctl.core.dtypes import dtype_code, stored_shape
 from sllmctl.core.fileio import Buffer
 from sllmctl.core.header import shown
-from sllmctl.core.layout import TensorSpec
 from sllmctl.core.manifest import CHUNK_BYTES
-from sllmctl.core.sources import Weights
-from sllmctl.core.writer import ByteSource
+from sllmctl.core.write.layout import TensorSpec
+from sllmctl.core.write.sources import Weights
+from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import CheckpointError
 
 if TYPE_CHECKING:

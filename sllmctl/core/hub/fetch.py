@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllmctl.core.hub_cache import COMMIT, cache_root, find_cached, find_snapshot
-from sllmctl.core.hub_errors import TITLES, not_enough_room, redact, to_error, unreachable_both
-from sllmctl.core.hub_files import choose_files
-from sllmctl.core.hub_process import ClientError, Plan, Request, run_client
+from sllmctl.core.hub.cache import COMMIT, cache_root, find_cached, find_snapshot
+from sllmctl.core.hub.errors import TITLES, not_enough_room, redact, to_error, unreachable_both
+from sllmctl.core.hub.files import choose_files
+from sllmctl.core.hub.process import ClientError, Plan, Request, run_client
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import ConfigError, HubError
 

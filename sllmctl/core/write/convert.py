@@ -13,14 +13,20 @@ from typing import Any
 
 import xxhash
 
-from sllmctl.core.assemble import Recipe, assemble
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.dtypes import CAST_CODES
-from sllmctl.core.layout import DEFAULT_SHARD_BYTES
 from sllmctl.core.manifest import Manifest, Origin, read_manifest
 from sllmctl.core.progress import ProgressFn
-from sllmctl.core.sources import Listing, Weights, list_source, open_safetensors, source_stamps
-from sllmctl.core.target import require_replaceable
+from sllmctl.core.write.assemble import Recipe, assemble
+from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
+from sllmctl.core.write.sources import (
+    Listing,
+    Weights,
+    list_source,
+    open_safetensors,
+    source_stamps,
+)
+from sllmctl.core.write.target import require_replaceable
 from sllmctl.errors import CheckpointError, ConfigError
 
 KEEP = "keep"
@@ -131,8 +137,8 @@ def convert(
     files_to_write: dict[str, bytes] = {}
     cast = None
     if dtype != KEEP:
-        from sllmctl.core.cast import Cast
-        from sllmctl.core.float32 import kept_in_float32
+        from sllmctl.core.write.cast import Cast
+        from sllmctl.core.write.float32 import kept_in_float32
 
         try:
             config = _read_config(listing)
@@ -174,7 +180,7 @@ def convert(
 
 def _open_weights(listing: Listing) -> Weights:
     if listing.kind == "torch":
-        from sllmctl.core.torch_files import open_torch_files
+        from sllmctl.core.write.torch_files import open_torch_files
 
         return open_torch_files(listing)
     return open_safetensors(listing)

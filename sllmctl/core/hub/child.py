@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sllmctl.core.hub_files import choose_files
+from sllmctl.core.hub.files import choose_files
 
 if TYPE_CHECKING:
-    from sllmctl.core.hub_huggingface import HuggingFace
-    from sllmctl.core.hub_modelscope import ModelScope
+    from sllmctl.core.hub.huggingface import HuggingFace
+    from sllmctl.core.hub.modelscope import ModelScope
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PROGRESS_INTERVAL_S = 0.2
@@ -101,10 +101,10 @@ def _serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _client(request: dict[str, Any]) -> HuggingFace | ModelScope:
     arguments = request["name"], request["revision"], request["timeout_s"]
     if request["hub"] == "modelscope":
-        from sllmctl.core.hub_modelscope import ModelScope
+        from sllmctl.core.hub.modelscope import ModelScope
 
         return ModelScope(*arguments)
-    from sllmctl.core.hub_huggingface import HuggingFace
+    from sllmctl.core.hub.huggingface import HuggingFace
 
     return HuggingFace(*arguments)
 

@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 import xxhash
 
 from sllmctl.core.fileio import Buffer, errno_text
-from sllmctl.core.layout import ShardLayout
 from sllmctl.core.manifest import CHUNK_BYTES, DIGEST_BYTES, ShardDigest, shard_digest
 from sllmctl.core.oscalls import preallocate, start_writeback
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.workers import Task, run_tasks
+from sllmctl.core.write.layout import ShardLayout
 from sllmctl.errors import CheckpointError
 
 THREADS = 4

@@ -19,9 +19,9 @@ from sllmctl.core.checkpoint import (
 )
 from sllmctl.core.fileio import SourceFile
 from sllmctl.core.header import parse_index, shown
-from sllmctl.core.layout import TensorSpec
 from sllmctl.core.manifest import MANIFEST_NAME
-from sllmctl.core.writer import ByteSource
+from sllmctl.core.write.layout import TensorSpec
+from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sllmctl.core.hub_files import indexed_files
+from sllmctl.core.hub.files import indexed_files
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD_OF = re.compile(r"(.*-)(\d+)-of-(\d+)(\.\w+)")

@@ -1,4 +1,4 @@
-"""Download with the Hugging Face client. Runs in the process of ``hub_child`` only.
+"""Download with the Hugging Face client. Runs in the process of ``hub.child`` only.
 
 The client itself forgets a half-written file when its process ends (since version 2). So a
 large file goes through a partial file of our own, which the next run continues, into the blob
@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined, unused-ignore]
 
-from sllmctl.core.hub_cache import COMMIT, repository_folder
+from sllmctl.core.hub.cache import COMMIT, repository_folder
 
 _RESUME_MIN_BYTES = 4 * 2**20
 # Source: MAX_HTTP_DOWNLOAD_SIZE in the client.

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sllmctl.core.assemble import Recipe, assemble
 from sllmctl.core.checkpoint import INDEX_SUFFIX, SUFFIX
-from sllmctl.core.convert import ConvertResult
-from sllmctl.core.layout import DEFAULT_SHARD_BYTES
 from sllmctl.core.manifest import MANIFEST_NAME, Origin
 from sllmctl.core.progress import ProgressFn
-from sllmctl.core.target import require_replaceable
-from sllmctl.core.tensor_bytes import collect_tensors
+from sllmctl.core.write.assemble import Recipe, assemble
+from sllmctl.core.write.convert import ConvertResult
+from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
+from sllmctl.core.write.target import require_replaceable
+from sllmctl.core.write.tensor_bytes import collect_tensors
 from sllmctl.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import xxhash
 from sllmctl import __version__
 from sllmctl.core.checkpoint import INDEX_NAME, open_checkpoint
 from sllmctl.core.fileio import Buffer, SourceFile
-from sllmctl.core.layout import ShardLayout, format_index, plan_shards
 from sllmctl.core.manifest import (
     CHUNK_BYTES,
     MANIFEST_NAME,
@@ -27,9 +26,10 @@ from sllmctl.core.manifest import (
 from sllmctl.core.oscalls import start_writeback
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.scan import scan_files
-from sllmctl.core.sources import FoundFile, Weights
-from sllmctl.core.target import Target
-from sllmctl.core.writer import plan_pieces, write_all, write_error, write_shards
+from sllmctl.core.write.layout import ShardLayout, format_index, plan_shards
+from sllmctl.core.write.sources import FoundFile, Weights
+from sllmctl.core.write.target import Target
+from sllmctl.core.write.writer import plan_pieces, write_all, write_error, write_shards
 from sllmctl.errors import ChecksumMismatch, ConfigError
 
 _COPY_BYTES = 4 * 2**20

@@ -12,9 +12,9 @@ from typing import Any
 from sllmctl.core.dtypes import CAST_CODES, DTYPE_BITS, FLOAT_CODES, torch_dtype
 from sllmctl.core.fileio import Buffer, thread_buffer
 from sllmctl.core.header import shown
-from sllmctl.core.layout import TensorSpec
-from sllmctl.core.sources import Weights
-from sllmctl.core.writer import ByteSource
+from sllmctl.core.write.layout import TensorSpec
+from sllmctl.core.write.sources import Weights
+from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import ConfigError
 
 _STEP_ELEMENTS = 2**20

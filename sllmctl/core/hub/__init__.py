@@ -1,0 +1,1 @@
+"""Finding and fetching checkpoints of Hugging Face and ModelScope."""
