@@ -201,13 +201,85 @@ def probe_file(fd: int, path: str, file_offset: int, nbytes: int) -> FileFacts:
     return FileFacts(out.size_bytes, out.resident_bytes, bool(out.local), bool(out.residency_known))
 
 
+class Device:
+    """A device that loads copy to. It ends with the last ring and job that use it.
+
+    Args:
+        kind: A backend: "cpu", "npu" or "cuda".
+        ordinal: Which of its devices, counted as the runtime counts those it may see.
+
+    Raises:
+        DeviceUnavailable: There is no such device, or its runtime library is missing.
+        DeviceError: The runtime refused it.
+    """
+
+    __slots__ = ("_handle", "kind", "ordinal")
+
+    def __init__(self, kind: str, ordinal: int = 0) -> None:
+        out, error = ffi.new("sllm_device **"), ffi.new("sllm_error *")
+        _check(lib.sllm_device_open(kind.encode(), ordinal, out, error), error)
+        self._handle = ffi.gc(out[0], lib.sllm_device_close)
+        self.kind = kind
+        self.ordinal = ordinal
+
+    def close(self) -> None:
+        """Give the device back; what still uses it keeps it for as long."""
+        self._handle = ffi.NULL
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Ring:
+    """Staging slots between files and a device, pinned where the backend pins.
+
+    One job at a time uses a ring, and one after the other may: pinning takes time. It ends with
+    the last job that uses it.
+
+    Args:
+        device: Whose copies the slots feed.
+        slot_bytes: Size of one: a job's ``chunk_bytes`` and `PAGE_BYTES` more; a multiple of that.
+        count: How many, 2 to 1024.
+
+    Raises:
+        HostMemoryError: The memory cannot be had, or not be pinned.
+        DeviceError: The runtime refused.
+    """
+
+    __slots__ = ("_handle", "count", "slot_bytes")
+
+    def __init__(self, device: Device, slot_bytes: int, count: int) -> None:
+        out, error = ffi.new("sllm_ring **"), ffi.new("sllm_error *")
+        _check(lib.sllm_ring_create(device._handle, slot_bytes, count, out, error), error)
+        self._handle = ffi.gc(out[0], lib.sllm_ring_destroy, slot_bytes * count)
+        self.slot_bytes = slot_bytes
+        self.count = count
+
+    def close(self) -> None:
+        """Give the memory back; a job that still uses it keeps it for as long."""
+        self._handle = ffi.NULL
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Extent(NamedTuple):
-    """A byte range of a file and the host address of its first byte's place."""
+    """A byte range of a file and the address of its first byte's place.
+
+    ``device`` is -1 for host memory, else an index into the job's devices.
+    """
 
     file: int
     offset: int
     nbytes: int
     target: int
+    device: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +296,7 @@ class Progress:
 
 
 class Job:
-    """One load: threads that bring extents of files into host memory.
+    """One load: threads that bring extents of files into host memory and onto devices.
 
     Args:
         files: Descriptor and name of each file; the descriptors stay open until `close`.
@@ -233,6 +305,9 @@ class Job:
         chunk_bytes: Largest read, a multiple of 4096; 0 for the library's own choice.
         threads: Readers; 0 for the library's own choice.
         direct: Whether reads may go around the page cache.
+        devices: What ``Extent.device`` counts; none for a load into host memory alone.
+        ring: Staging slots of at least ``chunk_bytes`` and a page; needed for devices, and used
+            by one job at a time.
 
     Raises:
         NativeError: An extent is impossible; `ReadError` where its file is too short.
@@ -249,19 +324,24 @@ class Job:
         chunk_bytes: int = 0,
         threads: int = 0,
         direct: bool = True,
+        devices: Sequence[Device] = (),
+        ring: Ring | None = None,
     ) -> None:
         paths = [ffi.new("char[]", os.fsencode(path)) for _, path in files]
         c_files = ffi.new(
             "sllm_file[]", [(fd, 0, path) for (fd, _), path in zip(files, paths, strict=True)]
         )
         c_extents = ffi.new(
-            "sllm_extent[]", [(e.file, -1, e.offset, e.nbytes, e.target) for e in extents]
+            "sllm_extent[]", [(e.file, e.device, e.offset, e.nbytes, e.target) for e in extents]
         )
         options = ffi.new("sllm_job_options *")
         options.size = ffi.sizeof("sllm_job_options")
         options.chunk_bytes = chunk_bytes
         options.threads = threads
         options.flags = 0 if direct else lib.SLLM_JOB_NO_DIRECT
+        c_devices = ffi.new("sllm_device *[]", [device._handle for device in devices])
+        options.devices, options.device_count = c_devices, len(devices)
+        options.ring = ffi.NULL if ring is None else ring._handle
         out, error = ffi.new("sllm_job **"), ffi.new("sllm_error *")
         _check(
             lib.sllm_job_create(c_files, len(files), c_extents, len(extents), options, out, error),

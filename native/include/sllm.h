@@ -218,17 +218,17 @@ const char *sllm_backend_name(uint32_t index);
  * Open a device of a backend, such as "cpu", 0.
  * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NO_DEVICE or SLLM_E_DEVICE.
  *
- * Threads: any. The caller ends it with sllm_device_close(), after its jobs and rings.
+ * Threads: any. The caller ends it with sllm_device_close(); rings and jobs that use it keep it.
  */
 sllm_status sllm_device_open(const char *backend, int32_t ordinal, sllm_device **device_out,
                              sllm_error *err);
 
-/** Close a device. NULL is fine. */
+/** Close a device, now or with the last ring or job that uses it. NULL is fine. */
 void sllm_device_close(sllm_device *device);
 
 /**
  * Create a ring of equal staging slots, pinned where the backend pins.
- * @param device      Whose copies the slots feed. Outlives the ring.
+ * @param device      Whose copies the slots feed; kept.
  * @param slot_bytes  Size of one slot, a multiple of 4096: a job's chunk_bytes plus 4096.
  * @param count       Number of slots, 2 to 1024.
  * @param ring_out    Receives the ring, or NULL on failure. The caller owns it and ends it with
@@ -242,7 +242,7 @@ void sllm_device_close(sllm_device *device);
 sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t count,
                              sllm_ring **ring_out, sllm_error *err);
 
-/** Unpin and free. NULL is fine. No job may use the ring any more. */
+/** Unpin and free, now or with the last job that uses it. NULL is fine. */
 void sllm_ring_destroy(sllm_ring *ring);
 
 /* ---- jobs -------------------------------------------------------------------------------- */
@@ -273,8 +273,8 @@ typedef struct sllm_job_options {
     uint32_t flags;        /* SLLM_JOB_* */
     uint32_t stall_ms;     /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
     uint32_t device_count; /* length of devices; 0 for host memory alone */
-    sllm_device **devices; /* outlive the job; the array itself is copied */
-    sllm_ring *ring;       /* required when device_count > 0; outlives the job */
+    sllm_device **devices; /* kept; the array itself is copied */
+    sllm_ring *ring;       /* required when device_count > 0; kept; one job at a time uses it */
 } sllm_job_options;
 
 /* A snapshot of a job. Times are seconds since sllm_job_start(); 0: not come to that yet. */

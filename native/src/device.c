@@ -35,7 +35,7 @@ sllm_status sllmi_device_open_ops(const sllmi_device_ops *ops, int32_t ordinal,
         return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for device %s:%d", ops->name,
                           ordinal);
     }
-    *device = (sllm_device){.ops = ops, .ordinal = ordinal, .pid = getpid()};
+    *device = (sllm_device){.ops = ops, .ordinal = ordinal, .pid = getpid(), .users = 1};
     status = ops->open(ordinal, &device->dev, err);
     if (status != SLLM_OK) {
         free(device);
@@ -60,9 +60,14 @@ sllm_status sllm_device_open(const char *backend, int32_t ordinal, sllm_device *
     return sllmi_fail(err, SLLM_E_NO_DEVICE, 0, "there is no backend `%s`", backend);
 }
 
+void sllmi_device_keep(sllm_device *device)
+{
+    atomic_fetch_add(&device->users, 1);
+}
+
 void sllm_device_close(sllm_device *device)
 {
-    if (device != NULL && device->pid == getpid()) {
+    if (device != NULL && device->pid == getpid() && atomic_fetch_sub(&device->users, 1) == 1) {
         device->ops->close(device->dev);
         free(device);
     }

@@ -2,6 +2,7 @@
 #ifndef SLLMI_DEVICE_H
 #define SLLMI_DEVICE_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -39,7 +40,11 @@ struct sllm_device {
     void *dev;
     int32_t ordinal;
     pid_t pid;
+    atomic_uint users; /* the caller's handle, rings and jobs; the last one closes */
 };
+
+/* One more user; sllm_device_close() ends that too. */
+void sllmi_device_keep(sllm_device *device);
 
 extern const sllmi_device_ops sllmi_device_cpu;
 

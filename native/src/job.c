@@ -25,6 +25,10 @@ static void free_job(sllm_job *job)
     for (uint32_t i = 0; job->queues != NULL && i < job->device_count; i++) {
         sllmi_queue_free(&job->queues[i]);
     }
+    for (uint32_t i = 0; job->devices != NULL && i < job->device_count; i++) {
+        sllm_device_close(job->devices[i]);
+    }
+    sllm_ring_destroy(job->ring);
     sllmi_plan_free(&job->plan);
     pthread_cond_destroy(&job->changed);
     pthread_mutex_destroy(&job->lock);
@@ -196,13 +200,19 @@ sllm_status sllm_job_create(const sllm_file *files, uint32_t file_count, const s
     job->reader_count = options->threads != 0 ? options->threads : DEFAULT_THREADS;
     job->stall_ms = options->stall_ms != 0 ? options->stall_ms : DEFAULT_STALL_MS;
     job->device_count = options->device_count;
-    job->ring = options->ring;
     status = allocate(job, file_count, err);
     if (status != SLLM_OK) {
         goto failed;
     }
+    if (job->device_count > 0) {
+        job->ring = options->ring;
+        sllmi_ring_keep(job->ring);
+    }
     for (uint32_t i = 0; i < job->device_count; i++) {
         job->devices[i] = options->devices[i];
+        sllmi_device_keep(job->devices[i]);
+    }
+    for (uint32_t i = 0; i < job->device_count; i++) {
         status = sllmi_queue_init(&job->queues[i], sllmi_ring_slot_count(job->ring), err);
         if (status != SLLM_OK) {
             goto failed;

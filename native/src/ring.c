@@ -20,6 +20,7 @@ struct sllm_ring {
     uint64_t slot_bytes;
     sllm_device *device;
     pid_t pid;
+    atomic_uint users; /* the caller's handle and jobs; the last one frees */
 };
 
 sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t count,
@@ -47,7 +48,9 @@ sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t 
     ring->slots = slots;
     ring->slot_bytes = slot_bytes;
     ring->device = device;
+    sllmi_device_keep(device);
     ring->pid = getpid();
+    ring->users = 1;
     pthread_mutex_init(&ring->lock, NULL);
     sllmi_cond_init(&ring->returned);
     for (; ring->count < count; ring->count++) {
@@ -66,9 +69,14 @@ sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t 
     return SLLM_OK;
 }
 
+void sllmi_ring_keep(sllm_ring *ring)
+{
+    atomic_fetch_add(&ring->users, 1);
+}
+
 void sllm_ring_destroy(sllm_ring *ring)
 {
-    if (ring == NULL || ring->pid != getpid()) {
+    if (ring == NULL || ring->pid != getpid() || atomic_fetch_sub(&ring->users, 1) > 1) {
         return;
     }
     for (uint32_t i = 0; i < ring->count; i++) {
@@ -76,6 +84,7 @@ void sllm_ring_destroy(sllm_ring *ring)
     }
     pthread_cond_destroy(&ring->returned);
     pthread_mutex_destroy(&ring->lock);
+    sllm_device_close(ring->device);
     free(ring->slots);
     free(ring);
 }

@@ -22,6 +22,9 @@ void sllmi_ring_release(sllm_ring *ring, sllmi_slot *slot);
 /* Wake those who wait, so that they look at their stop flag. */
 void sllmi_ring_wake(sllm_ring *ring);
 
+/* One more user; sllm_ring_destroy() ends that too. */
+void sllmi_ring_keep(sllm_ring *ring);
+
 /* Made by this process, not by one that forked it. */
 bool sllmi_ring_is_ours(const sllm_ring *ring);
 uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring);
