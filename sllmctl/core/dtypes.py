@@ -69,6 +69,10 @@ _TORCH_NAMES = {
 }
 
 
+CODES = {f"torch.{name}": code for code, name in _TORCH_NAMES.items()}
+"""Safetensors codes by what ``str`` makes of a torch dtype."""
+
+
 def torch_dtype(code: str) -> torch.dtype:
     """Return torch's dtype for a code such as ``BF16``.
 
@@ -105,11 +109,10 @@ def dtype_code(dtype: torch.dtype) -> str:
     Raises:
         CheckpointError: Safetensors cannot store it (complex128, quantized and bit types).
     """
-    name = str(dtype).removeprefix("torch.")
-    for code, torch_name in _TORCH_NAMES.items():
-        if torch_name == name:
-            return code
-    raise CheckpointError(f"safetensors has no type for {dtype}")
+    code = CODES.get(str(dtype))
+    if code is None:
+        raise CheckpointError(f"safetensors has no type for {dtype}")
+    return code
 
 
 def stored_shape(code: str, shape: Sequence[int]) -> tuple[int, ...]:

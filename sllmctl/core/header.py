@@ -106,11 +106,8 @@ def parse_header(
         scanned = _scan_canonical(raw, data_bytes, shard)
         if scanned is not None:
             return scanned
-        if len(raw) > _DENSE_TEXT_BYTES and 8 * (raw.count(b"[") + raw.count(b"{")) > len(raw):
-            # Such a text cannot describe tensors (three containers in at least 46 bytes), but
-            # would take 30 times its size in memory.
-            raise CheckpointError(f"{shown(file)} nests too many containers for a header")
-        document = _load_json(raw, file)
+        refuse_dense(raw, file)
+        document = load_json(raw, file)
         metadata = document.pop(METADATA_KEY, None)
         if metadata is not None and not _is_metadata(metadata):
             raise CheckpointError(f"`{METADATA_KEY}` of {shown(file)} is not an object of texts")
@@ -150,7 +147,7 @@ def parse_index(raw: bytes, file: str) -> dict[str, str]:
             f"{shown(file)} is {len(raw)} bytes long; the limit is {MAX_HEADER_BYTES}"
         )
     with collector_paused():
-        weight_map = _load_json(raw, file).get("weight_map")
+        weight_map = load_json(raw, file).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{shown(file)} has no object `weight_map`")
         if set(map(type, weight_map.values())) - {str}:
@@ -241,11 +238,11 @@ def _parse_kind(kind: str) -> tuple[str, tuple[int, ...], int] | None:
     if bits is None or not _AXES.fullmatch(axes):
         return None
     shape = tuple(map(int, axes.split(","))) if axes else ()
-    total = _total_bits(shape, bits)
+    total = total_bits(shape, bits)
     return None if total is None else (dtype, shape, total >> 3)
 
 
-def _total_bits(shape: Sequence[int], bits: int) -> int | None:
+def total_bits(shape: Sequence[int], bits: int) -> int | None:
     """Return a tensor's size in bits; None for an impossible shape or a broken last byte."""
     if len(shape) > MAX_RANK or any(not 0 <= dim <= _MAX_DIM for dim in shape):
         return None
@@ -274,7 +271,7 @@ def _parse_entry(
         raise refuse(f"has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or any(type(dim) is not int for dim in shape):
         raise refuse(f"has the shape {shown(shape)}, not a list of integers")
-    total = _total_bits(shape, DTYPE_BITS[dtype])
+    total = total_bits(shape, DTYPE_BITS[dtype])
     if total is None:
         raise refuse(f"of {dtype} has the impossible shape {shown(shape)}")
     if (
@@ -296,8 +293,24 @@ def _parse_entry(
     return dtype, tuple(shape), begin, end
 
 
-def _load_json(raw: bytes, file: str) -> dict[str, Any]:
-    """Parse a JSON object; refuse duplicate keys at any depth."""
+def refuse_dense(raw: bytes, file: str) -> None:
+    """Refuse a large text of little but brackets, which would take 30 times its size in memory.
+
+    One that describes tensors has three containers in at least 28 bytes.
+
+    Raises:
+        CheckpointError: It is such a text.
+    """
+    if len(raw) > _DENSE_TEXT_BYTES and 8 * (raw.count(b"[") + raw.count(b"{")) > len(raw):
+        raise CheckpointError(f"{shown(file)} nests too many containers for a header")
+
+
+def load_json(raw: bytes, file: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CheckpointError: The bytes are none, or a key is there twice, at any depth.
+    """
     try:
         text = raw.decode("utf-8")
         escaped = "\\" in text
