@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import eq, itemgetter
 from pathlib import Path
+from typing import Literal
 
 from sllmctl.core.header import (
     PREFIX_BYTES,
@@ -20,6 +21,8 @@ from sllmctl.core.header import (
     shown,
 )
 from sllmctl.core.manifest import Manifest, read_manifest
+from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
+from sllmctl.core.sllm_store import data_name, find_ranks, read_sllm_store
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 
 __all__ = [
@@ -37,6 +40,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+Format = Literal["safetensors", "sllm-store"]
 _NUMBERS = re.compile(r"([0-9]+)")
 
 
@@ -65,6 +69,9 @@ class Checkpoint:
         aliases: Names of tied tensors, each with the name under which its bytes are stored.
         metadata: Text metadata of the shards, without the aliases.
         manifest: What `convert` recorded, or None for a checkpoint that it did not write.
+        format: ``safetensors`` or ``sllm-store``.
+        strides: In elements, of tensors whose bytes are not their elements in row-major order:
+            what `sllm-store` wrote alone has such.
     """
 
     path: Path
@@ -73,6 +80,8 @@ class Checkpoint:
     aliases: dict[str, str]
     metadata: dict[str, str]
     manifest: Manifest | None
+    format: Format = "safetensors"
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +93,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint directory, or a single ``.safetensors`` file, and check its structure.
 
     A directory holds ``model.safetensors``, or an index ``*.safetensors.index.json``, or any
-    number of ``*.safetensors`` files with disjoint names. No tensor data is read.
+    number of ``*.safetensors`` files with disjoint names; or else what `sllm-store` writes. No
+    tensor data is read.
 
     Raises:
         CheckpointNotFound: There is no such path, or no safetensors file in it.
@@ -105,6 +115,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 hint="give a checkpoint's directory, or a file that ends in .safetensors",
             )
         return open_shards(path.parent, [path.name], None, path=path)
+    if holds_sllm_store(listed):
+        return open_sllm_store(path, manifest=read_manifest(path))
     index_name, names = find_shards(path, listed)
     manifest = read_manifest(path)
     if index_name is None:
@@ -144,11 +156,48 @@ def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list
     if indexes:
         return indexes[0], []
     if not shards:
-        raise CheckpointNotFound(
-            f"no checkpoint in `{directory}`: no *{SUFFIX} file",
-            hint="`sllmctl convert` turns other weight formats into safetensors",
-        )
+        raise _not_found(directory, names)
     return None, shards
+
+
+def _not_found(directory: Path, names: Sequence[str]) -> CheckpointNotFound:
+    what, hint = f"no *{SUFFIX} file", "`sllmctl convert` turns other weights into it"
+    ranks = find_ranks(directory)
+    if ranks:
+        what = f"it holds {len(ranks)} ranks that `sllm-store` saved of a model in parallel"
+        hint = f"load one of them, such as `{ranks[0]}`, or convert them all"
+    elif data_name(0) in names:
+        what = f"`{data_name(0)}` is there, and `{SLLM_INDEX_NAME}` is not"
+        hint = "the copy is incomplete"
+    return CheckpointNotFound(f"no checkpoint in `{directory}`: {what}", hint=hint)
+
+
+def holds_sllm_store(names: Sequence[str]) -> bool:
+    """Whether names in a directory are those of `sllm-store`'s format, and no safetensors."""
+    return SLLM_INDEX_NAME in names and not any(n.endswith((SUFFIX, INDEX_SUFFIX)) for n in names)
+
+
+def open_sllm_store(directory: Path, *, manifest: Manifest | None = None) -> Checkpoint:
+    """Open a directory that `sllm-store` wrote, or that is as if: its data files are the shards.
+
+    Raises:
+        CheckpointError: It is damaged, hostile or incomplete.
+    """
+    placed, files = read_sllm_store(directory)
+    shards = [
+        Shard(file, s.st_size, 0, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
+        for file, s in files
+    ]
+    return Checkpoint(
+        directory,
+        tuple(shards),
+        {entry.name: entry for entry in placed.entries},
+        placed.aliases,
+        {},
+        manifest,
+        "sllm-store",
+        placed.strides,
+    )
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -95,6 +95,20 @@ class LoadStats:
     elapsed_s: float = 0.0
     verified: bool = False
 
+    def count_tensors_alone(self) -> None:
+        """Leave bytes that are no tensor's, such as padding, out of where they came from.
+
+        Safetensors has none; a tensor that looks into the bytes of another adds none.
+        """
+        moved = self.disk_bytes + self.page_cache_bytes + self.store_bytes
+        self.bytes = min(self.bytes, moved)
+        padding = moved - self.bytes
+        for source in ("disk_bytes", "page_cache_bytes", "store_bytes"):
+            counted = getattr(self, source)
+            setattr(self, source, max(0, counted - padding))
+            padding -= min(counted, padding)
+        self.mapped_bytes = min(self.mapped_bytes, self.page_cache_bytes + self.store_bytes)
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -120,7 +134,7 @@ def load(
         HostMemoryError: The checkpoint does not fit into memory.
     """
     started = time.perf_counter()
-    builder = TensorBuilder(entry.dtype for entry in checkpoint.tensors.values())
+    builder = TensorBuilder(checkpoint)
     stats = LoadStats(len(checkpoint.tensors) + len(checkpoint.aliases), checkpoint.nbytes)
     with ExitStack() as stack:
         fds = [open_shard(shard, stack) for shard in checkpoint.shards]
@@ -141,6 +155,7 @@ def load(
         for shard, fd, stamp in zip(checkpoint.shards, fds, stamps, strict=True):
             check_stamp(shard, fd, stamp)
     stats.build_s = time.perf_counter() - built
+    stats.count_tensors_alone()
     stats.verified = options.verify
     stats.elapsed_s = time.perf_counter() - started
     return Loaded(tensors, stats)

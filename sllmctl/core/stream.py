@@ -40,7 +40,7 @@ def stream(
     """
     if options.verify:
         raise ConfigError("a stream does not verify", hint="run `sllmctl verify` first")
-    builder = TensorBuilder(entry.dtype for entry in checkpoint.tensors.values())
+    builder = TensorBuilder(checkpoint)
     aliases: dict[str, list[str]] = {}
     for alias, kept in checkpoint.aliases.items():
         aliases.setdefault(kept, []).append(alias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from sllmctl.core.checkpoint import TensorEntry
+from sllmctl.core.checkpoint import Checkpoint, TensorEntry
 from sllmctl.core.dtypes import torch_dtype
 from sllmctl.core.header import collector_paused
 from sllmctl.native import Memory
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 class TensorBuilder:
-    """Builds tensors of a set of dtypes. Making one fails early where torch lacks a dtype.
+    """Builds a checkpoint's tensors. Making one fails early where torch lacks a dtype.
 
     Raises:
         CheckpointError: This torch has no such dtype.
     """
 
-    def __init__(self, codes: Iterable[str]) -> None:
-        self._dtypes = {code: torch_dtype(code) for code in set(codes)}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        codes = {entry.dtype for entry in checkpoint.tensors.values()}
+        self._dtypes = {code: torch_dtype(code) for code in codes}
+        self._strides = checkpoint.strides
 
     def build(
         self, entries: Iterable[TensorEntry], places: Sequence[tuple[Memory, int]]
@@ -38,7 +40,7 @@ class TensorBuilder:
         """
         import torch
 
-        frombuffer, empty = torch.frombuffer, torch.empty
+        frombuffer, empty, strides = torch.frombuffer, torch.empty, self._strides
         known = {code: (dtype, dtype.itemsize) for code, dtype in self._dtypes.items()}
         tensors: dict[str, torch.Tensor] = {}
         with collector_paused():
@@ -59,5 +61,9 @@ class TensorBuilder:
                     tensor = frombuffer(
                         memory.buffer, dtype=dtype, count=nbytes // itemsize, offset=at
                     )
-                tensors[name] = tensor if len(shape) == 1 else tensor.view(shape)
+                if name in strides:
+                    tensor = tensor.as_strided(shape, strides[name])
+                elif len(shape) != 1:
+                    tensor = tensor.view(shape)
+                tensors[name] = tensor
         return tensors

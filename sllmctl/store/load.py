@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from sllmctl.core.checkpoint import Checkpoint, Shard
-from sllmctl.core.digest import shard_checks
+from sllmctl.core.digest import memory_reader, shard_checks
 from sllmctl.core.load import (
     Loaded,
     LoadOptions,
@@ -97,7 +97,7 @@ def load_through_store(
         SllmError: As ``core.load.load`` raises them.
     """
     started = time.perf_counter()
-    builder = TensorBuilder(entry.dtype for entry in checkpoint.tensors.values())
+    builder = TensorBuilder(checkpoint)
     stats = LoadStats(len(checkpoint.tensors) + len(checkpoint.aliases), checkpoint.nbytes)
     shards = checkpoint.shards
     with ExitStack() as stack:
@@ -124,6 +124,7 @@ def load_through_store(
         for shard, fd, stamp in zip(shards, fds, stamps, strict=True):
             check_stamp(shard, fd, stamp)
     stats.build_s = time.perf_counter() - built
+    stats.count_tensors_alone()
     stats.elapsed_s = time.perf_counter() - started
     return Loaded(tensors, stats)
 
@@ -204,7 +205,7 @@ def _read_rest(
 def _verify(
     checkpoint: Checkpoint, fds: Sequence[int], places: Sequence[tuple[Memory, int]]
 ) -> None:
-    checks = shard_checks(checkpoint, fds, places)
+    checks = shard_checks(checkpoint, fds, [memory_reader(*place) for place in places])
     with ThreadPoolExecutor(_VERIFY_THREADS, "sllm-verify") as pool:
         results = [
             pool.submit(check.check, index)
