@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick lint format docs fuzz torture bench clean
+.PHONY: help setup demo test test-quick lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 14
@@ -60,6 +60,12 @@ torture: setup ## kill -9 conversions, clients and stores, flip bits, crowd a po
 	$(BIN)/python -m tests.torture.flip_bits --count 1000
 	$(BIN)/python -m tests.torture.leases --count 1000
 	$(BIN)/python -m tests.torture.store --kill-clients 300 --kill-stores 100 --churn-s 600
+
+check-deploy: ## the systemd unit and the Kubernetes files against their own tools
+	! systemd-analyze verify docs/guides/deploy/sllmctl.service 2>&1 | grep -v 'sllmctl is not executable'
+	@test -x build/deploy/bin/kubernetes-validate || { $(PYTHON) -m venv build/deploy && \
+		build/deploy/bin/pip install --quiet kubernetes-validate; }
+	build/deploy/bin/kubernetes-validate --strict docs/guides/deploy/*.yaml
 
 bench: setup ## measure loads and conversion against the machine's limits
 	$(BIN)/python -m sllmctl.bench

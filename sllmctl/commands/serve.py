@@ -42,7 +42,12 @@ def serve(
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option("--group", help="Let this group's members use the store.", show_default=False),
+        typer.Option(
+            "--group",
+            metavar="GROUP",
+            help="Let this group's members (name or number) use the store.",
+            show_default=False,
+        ),
     ] = None,
     preload: Annotated[
         list[str] | None,
@@ -134,6 +139,8 @@ def _pool_bytes(text: str | None, available: int) -> int:
 def _group_id(name: str | None) -> int | None:
     if name is None:
         return None
+    if name.isdecimal():  # a container often has no name for it
+        return int(name)
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError as exc:
