@@ -130,20 +130,39 @@ class Memory:
 class Segment:
     """A memory file that only this process can write; it ends with its last reference.
 
-    Attributes:
+    Args:
         nbytes: Its size, a multiple of 2 MiB.
+        directories: Descriptors of a directory of a tmpfs, and of the same in a read-only mount,
+            to make it there.
+        as_before: A kernel version to behave as; for tests.
+
+    Attributes:
+        nbytes: Its size.
         address: Where to write.
 
     Raises:
         HostMemoryError: The memory cannot be had.
-        NativeError: The kernel cannot seal memory (before Linux 5.1).
+        NativeError: The second directory is not read-only.
     """
 
     __slots__ = ("_handle", "address", "nbytes")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        directories: tuple[int, int] | None = None,
+        *,
+        as_before: tuple[int, int] | None = None,
+    ) -> None:
         out, error = ffi.new("sllm_segment **"), ffi.new("sllm_error *")
-        _check(lib.sllm_segment_create(nbytes, out, error), error)
+        if directories is not None:
+            status = lib.sllm_segment_create_in(*directories, nbytes, out, error)
+        else:
+            flags = lib.SLLM_SEGMENT_NO_LEASE if as_before and as_before <= (5, 3) else 0
+            if as_before and as_before <= (5, 1):
+                flags |= lib.SLLM_SEGMENT_SEAL_WHEN_FULL
+            status = lib.sllm_segment_create(nbytes, flags, out, error)
+        _check(status, error)
         self._handle = ffi.gc(out[0], lib.sllm_segment_destroy, nbytes)
         self.nbytes = nbytes
         self.address = int(ffi.cast("uintptr_t", lib.sllm_segment_address(self._handle)))
@@ -172,8 +191,17 @@ class Segment:
         error = ffi.new("sllm_error *")
         _check(lib.sllm_segment_prefault(self._handle, offset, nbytes, error), error)
 
+    def complete(self) -> None:
+        """Say that it is full: nothing is written to it any more, unless it is used anew.
+
+        Raises:
+            NativeError: The kernel cannot seal memory.
+        """
+        error = ffi.new("sllm_error *")
+        _check(lib.sllm_segment_complete(self._handle, error), error)
+
     def reader(self) -> int:
-        """A new read-only descriptor; the caller closes it."""
+        """A new read-only descriptor of a complete segment; the caller closes it."""
         out, error = ffi.new("int *"), ffi.new("sllm_error *")
         _check(lib.sllm_segment_reader(self._handle, out, error), error)
         return int(out[0])

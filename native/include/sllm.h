@@ -156,20 +156,39 @@ typedef struct sllm_segment sllm_segment;
 #define SLLM_SEGMENT_RECYCLABLE 1u /* sllm_segment_held() can tell: it may be filled anew */
 #define SLLM_SEGMENT_LOCKED 2u     /* its pages are locked in memory */
 
+/* For tests: do as on kernels before 5.1, whose seals admit no writer at all, */
+#define SLLM_SEGMENT_SEAL_WHEN_FULL 1u
+/* and before 5.3, whose leases do not tell who holds a file. */
+#define SLLM_SEGMENT_NO_LEASE 2u
+
 /**
  * Create a memory file that only its creator can write.
  *
  * It is sealed against writing by anybody else, shrinking, growing and hole punching, and its
- * descriptors are readable by its owner alone.
+ * descriptors are readable by its owner alone. Where the kernel can seal it only against every
+ * writer (before 5.1), that happens in sllm_segment_complete().
  *
  * @param bytes         Size, a multiple of 2 MiB.
+ * @param flags         0, or SLLM_SEGMENT_SEAL_WHEN_FULL and SLLM_SEGMENT_NO_LEASE.
  * @param segment_out   Receives the segment. The caller ends it with sllm_segment_destroy().
- * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, or SLLM_E_UNSUPPORTED: the kernel cannot seal
- *         (before 5.1).
+ * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_NOMEM.
  *
  * Threads: any. Blocks: no; pages are supplied when they are first written.
  */
-sllm_status sllm_segment_create(uint64_t bytes, sllm_segment **segment_out, sllm_error *err);
+sllm_status sllm_segment_create(uint64_t bytes, uint32_t flags, sllm_segment **segment_out,
+                                sllm_error *err);
+
+/**
+ * The same in a file of a tmpfs, which may have huge pages where memory files have none. Such a
+ * file cannot be sealed: readers open it in a read-only mount of the tmpfs.
+ *
+ * @param writable_dir  A directory of the tmpfs. The file has no name in it afterwards.
+ * @param readable_dir  The same directory in a read-only mount.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, SLLM_E_IO, or SLLM_E_UNSUPPORTED: the second
+ *         mount is not read-only.
+ */
+sllm_status sllm_segment_create_in(int writable_dir, int readable_dir, uint64_t bytes,
+                                   sllm_segment **segment_out, sllm_error *err);
 
 /** Where the creator writes. Valid until sllm_segment_destroy(). */
 void *sllm_segment_address(const sllm_segment *segment);
@@ -187,9 +206,18 @@ sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64
                                   sllm_error *err);
 
 /**
+ * Say that the segment holds what it shall hold, before it is handed to a reader. Nothing may be
+ * written to it afterwards, unless it is SLLM_SEGMENT_RECYCLABLE and nobody holds it.
+ * @return SLLM_OK, SLLM_E_INVALID, or SLLM_E_UNSUPPORTED: the kernel cannot seal memory.
+ *
+ * Threads: any, when no other uses the segment. Blocks: no.
+ */
+sllm_status sllm_segment_complete(sllm_segment *segment, sllm_error *err);
+
+/**
  * Open a new read-only descriptor, to be handed to another process and then closed by the caller.
  * @param fd_out  Receives the descriptor.
- * @return SLLM_OK or SLLM_E_IO.
+ * @return SLLM_OK, SLLM_E_INVALID (not complete, where that matters) or SLLM_E_IO.
  *
  * Threads: any. Blocks: no.
  */

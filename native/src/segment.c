@@ -30,9 +30,14 @@
 
 struct sllm_segment {
     int fd;       /* the creator's, mapped for writing */
-    int lease_fd; /* a second read-write description, to ask who else has one; or -1 */
+    int open_fd;  /* what a reader's descriptor is opened from: `fd`, or one of a read-only mount */
+    int lease_fd; /* the description of `fd` that counts as open for writing, to ask who else has
+                     one: its own of a memfd, `fd` of a file; or -1 */
     char *address;
     uint64_t bytes;
+    uint32_t flags;         /* of creation */
+    bool sealed_when_full;  /* the kernel cannot seal against future writers alone */
+    atomic_bool complete;   /* and it is full */
     atomic_bool unlockable; /* the process may lock no more memory */
     _Atomic uint64_t locked_bytes;
 };
@@ -55,13 +60,21 @@ static bool somebody_holds(int lease_fd)
     return false;
 }
 
+static void forget_lease(sllm_segment *segment)
+{
+    if (segment->lease_fd >= 0 && segment->lease_fd != segment->fd) {
+        sllmi_sys.close(segment->lease_fd);
+    }
+    segment->lease_fd = -1;
+}
+
 /* Whether this kernel's leases tell a held segment from a free one, tried on the segment itself. */
 static bool lease_tells(const sllm_segment *segment)
 {
     if (segment->lease_fd < 0 || somebody_holds(segment->lease_fd)) {
         return false;
     }
-    int reader = reopen(segment->fd, O_RDONLY);
+    int reader = reopen(segment->open_fd, O_RDONLY);
     if (reader < 0) {
         return false;
     }
@@ -75,42 +88,89 @@ static bool lease_tells(const sllm_segment *segment)
     return told && told_of_view && !somebody_holds(segment->lease_fd);
 }
 
-static sllm_status open_segment(sllm_segment *segment, sllm_error *err)
+/* Map the creator's view, where the kernel can use huge pages for it. */
+static sllm_status map_segment(sllm_segment *segment, sllm_error *err)
+{
+    char *reserved = sllmi_sys.mmap(NULL, segment->bytes + SEGMENT_ALIGN_BYTES, PROT_NONE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (ftruncate(segment->fd, (off_t)segment->bytes) == 0 && reserved != MAP_FAILED) {
+        char *start = (char *)sllmi_align_up((uintptr_t)reserved, SEGMENT_ALIGN_BYTES);
+        char *end = reserved + segment->bytes + SEGMENT_ALIGN_BYTES;
+        if (start > reserved) {
+            sllmi_sys.munmap(reserved, (size_t)(start - reserved));
+        }
+        if (end > start + segment->bytes) {
+            sllmi_sys.munmap(start + segment->bytes, (size_t)(end - start) - segment->bytes);
+        }
+        segment->address = start;
+        if (sllmi_sys.mmap(start, segment->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                           segment->fd, 0) != MAP_FAILED) {
+            (void)sllmi_sys.madvise(start, segment->bytes, MADV_HUGEPAGE);
+            return SLLM_OK;
+        }
+    }
+    int os_errno = errno;
+    if (reserved != MAP_FAILED && segment->address == NULL) {
+        sllmi_sys.munmap(reserved, segment->bytes + SEGMENT_ALIGN_BYTES);
+    }
+    return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot make a segment of %llu bytes: %s",
+                      (unsigned long long)segment->bytes, strerror(os_errno));
+}
+
+static sllm_status open_memfd(sllm_segment *segment, sllm_error *err)
 {
     segment->fd = memfd_create("sllm-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
     if (segment->fd < 0 && errno == EINVAL) {
         segment->fd = memfd_create("sllm-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     }
-    if (segment->fd < 0 || ftruncate(segment->fd, (off_t)segment->bytes) != 0) {
+    if (segment->fd < 0) {
         int os_errno = errno;
-        return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot make a segment of %llu bytes: %s",
-                          (unsigned long long)segment->bytes, strerror(os_errno));
+        return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot make a file in memory: %s",
+                          strerror(os_errno));
     }
-    void *mapped =
-        sllmi_sys.mmap(NULL, segment->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, segment->fd, 0);
-    if (mapped == MAP_FAILED) {
-        int os_errno = errno;
-        return sllmi_fail(err, SLLM_E_NOMEM, os_errno, "cannot map a segment of %llu bytes: %s",
-                          (unsigned long long)segment->bytes, strerror(os_errno));
+    segment->open_fd = segment->fd;
+    sllm_status status = map_segment(segment, err);
+    if (status != SLLM_OK) {
+        return status;
     }
-    segment->address = mapped;
-    (void)sllmi_sys.madvise(mapped, segment->bytes, MADV_HUGEPAGE);
     segment->lease_fd = reopen(segment->fd, O_RDWR);
     (void)fchmod(segment->fd, 0400);
     int seals = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
-    if (fcntl(segment->fd, F_ADD_SEALS, seals) != 0) {
-        int os_errno = errno;
-        return sllmi_fail(err, SLLM_E_UNSUPPORTED, os_errno,
-                          "this kernel cannot seal memory against writers (it takes Linux 5.1)");
-    }
-    if (!lease_tells(segment) && segment->lease_fd >= 0) {
-        sllmi_sys.close(segment->lease_fd);
-        segment->lease_fd = -1;
-    }
+    segment->sealed_when_full = (segment->flags & SLLM_SEGMENT_SEAL_WHEN_FULL) != 0 ||
+                                fcntl(segment->fd, F_ADD_SEALS, seals) != 0;
     return SLLM_OK;
 }
 
-sllm_status sllm_segment_create(uint64_t bytes, sllm_segment **segment_out, sllm_error *err)
+static sllm_status open_files(sllm_segment *segment, int writable_dir, int readable_dir,
+                              sllm_error *err)
+{
+    static atomic_uint count;
+    char name[40];
+    (void)snprintf(name, sizeof name, "segment-%ld-%u", (long)getpid(),
+                   atomic_fetch_add(&count, 1));
+    segment->fd = openat(writable_dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0400);
+    /* O_PATH does not count as open: it holds no lease back. */
+    segment->open_fd = openat(readable_dir, name, O_PATH | O_CLOEXEC);
+    int os_errno = errno;
+    if (segment->fd >= 0) {
+        (void)unlinkat(writable_dir, name, 0);
+    }
+    if (segment->fd < 0 || segment->open_fd < 0) {
+        return sllmi_fail(err, SLLM_E_IO, os_errno, "cannot make a file for a segment: %s (%s)",
+                          strerror(os_errno), sllmi_errno_name(os_errno));
+    }
+    int writable = reopen(segment->open_fd, O_RDWR);
+    if (writable >= 0) {
+        sllmi_sys.close(writable);
+        return sllmi_fail(err, SLLM_E_UNSUPPORTED, 0,
+                          "the directory that readers open segments from is not read-only");
+    }
+    segment->lease_fd = segment->fd;
+    return map_segment(segment, err);
+}
+
+static sllm_status create(uint64_t bytes, uint32_t flags, const int directories[2],
+                          sllm_segment **segment_out, sllm_error *err)
 {
     if (segment_out == NULL) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_segment_create: segment_out is NULL");
@@ -124,16 +184,33 @@ sllm_status sllm_segment_create(uint64_t bytes, sllm_segment **segment_out, sllm
     if (segment == NULL) {
         return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for a segment's handle");
     }
-    segment->fd = -1;
-    segment->lease_fd = -1;
+    segment->fd = segment->open_fd = segment->lease_fd = -1;
     segment->bytes = bytes;
-    sllm_status status = open_segment(segment, err);
+    segment->flags = flags;
+    sllm_status status = directories == NULL
+                             ? open_memfd(segment, err)
+                             : open_files(segment, directories[0], directories[1], err);
     if (status != SLLM_OK) {
         sllm_segment_destroy(segment);
         return status;
     }
+    if ((flags & SLLM_SEGMENT_NO_LEASE) != 0 || !lease_tells(segment)) {
+        forget_lease(segment);
+    }
     *segment_out = segment;
     return SLLM_OK;
+}
+
+sllm_status sllm_segment_create(uint64_t bytes, uint32_t flags, sllm_segment **segment_out,
+                                sllm_error *err)
+{
+    return create(bytes, flags, NULL, segment_out, err);
+}
+
+sllm_status sllm_segment_create_in(int writable_dir, int readable_dir, uint64_t bytes,
+                                   sllm_segment **segment_out, sllm_error *err)
+{
+    return create(bytes, 0, (int[]){writable_dir, readable_dir}, segment_out, err);
 }
 
 void *sllm_segment_address(const sllm_segment *segment)
@@ -146,7 +223,8 @@ uint32_t sllm_segment_flags(const sllm_segment *segment)
     if (segment == NULL) {
         return 0;
     }
-    return (segment->lease_fd >= 0 ? SLLM_SEGMENT_RECYCLABLE : 0) |
+    bool recyclable = segment->lease_fd >= 0 && !segment->sealed_when_full;
+    return (recyclable ? SLLM_SEGMENT_RECYCLABLE : 0) |
            (segment->locked_bytes >= segment->bytes ? SLLM_SEGMENT_LOCKED : 0);
 }
 
@@ -181,12 +259,44 @@ sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64
     return SLLM_OK;
 }
 
+sllm_status sllm_segment_complete(sllm_segment *segment, sllm_error *err)
+{
+    if (segment == NULL) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_segment_complete: no segment");
+    }
+    if (!segment->sealed_when_full || segment->complete) {
+        segment->complete = true;
+        return SLLM_OK;
+    }
+    forget_lease(segment);
+    int reader = reopen(segment->fd, O_RDONLY);
+    /* A shared view of a read-only description can never be made writable, and does not stand in
+     * the seal's way as the creator's did, in whose place it is put. */
+    bool done = reader >= 0 && sllmi_sys.mmap(segment->address, segment->bytes, PROT_READ,
+                                              MAP_SHARED | MAP_FIXED, reader, 0) != MAP_FAILED;
+    int seals = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+    done = done && fcntl(segment->fd, F_ADD_SEALS, seals) == 0;
+    int os_errno = errno;
+    if (reader >= 0) {
+        sllmi_sys.close(reader);
+    }
+    if (!done) {
+        return sllmi_fail(err, SLLM_E_UNSUPPORTED, os_errno,
+                          "this kernel cannot seal memory against writers: %s", strerror(os_errno));
+    }
+    if (segment->locked_bytes > 0) { /* the lock was the first view's */
+        (void)mlock(segment->address, segment->bytes);
+    }
+    segment->complete = true;
+    return SLLM_OK;
+}
+
 sllm_status sllm_segment_reader(const sllm_segment *segment, int *fd_out, sllm_error *err)
 {
-    if (segment == NULL || fd_out == NULL) {
-        return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_segment_reader: a NULL argument");
+    if (segment == NULL || fd_out == NULL || (segment->sealed_when_full && !segment->complete)) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_segment_reader: no complete segment");
     }
-    *fd_out = reopen(segment->fd, O_RDONLY);
+    *fd_out = reopen(segment->open_fd, O_RDONLY);
     if (*fd_out < 0) {
         int os_errno = errno;
         return sllmi_fail(err, SLLM_E_IO, os_errno, "cannot open a segment for a reader: %s (%s)",
@@ -208,8 +318,9 @@ void sllm_segment_destroy(sllm_segment *segment)
     if (segment->address != NULL) {
         sllmi_sys.munmap(segment->address, segment->bytes);
     }
-    if (segment->lease_fd >= 0) {
-        sllmi_sys.close(segment->lease_fd);
+    forget_lease(segment);
+    if (segment->open_fd >= 0 && segment->open_fd != segment->fd) {
+        sllmi_sys.close(segment->open_fd);
     }
     if (segment->fd >= 0) {
         sllmi_sys.close(segment->fd);

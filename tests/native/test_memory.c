@@ -285,7 +285,7 @@ TEST(placed_segments_and_fresh_pages_make_one_memory)
 {
     sllm_segment *segment;
     sllm_error err;
-    CHECK_OK(sllm_segment_create(2 * MIB, &segment, &err), &err);
+    CHECK_OK(sllm_segment_create(2 * MIB, 0, &segment, &err), &err);
     memset(sllm_segment_address(segment), 7, 2 * MIB);
     int reader;
     CHECK_OK(sllm_segment_reader(segment, &reader, &err), &err);

@@ -2,10 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,16 +17,17 @@
 #define MIB (1ull << 20)
 #define BYTES (4 * MIB)
 
-static sllm_segment *make(void)
+static sllm_segment *make_as(uint32_t flags)
 {
     sllm_segment *segment;
     sllm_error err;
-    sllm_status status = sllm_segment_create(BYTES, &segment, &err);
-    if (status == SLLM_E_UNSUPPORTED) {
-        check_skip("%s", err.message);
-    }
-    CHECK_OK(status, &err);
+    CHECK_OK(sllm_segment_create(BYTES, flags, &segment, &err), &err);
     return segment;
+}
+
+static sllm_segment *make(void)
+{
+    return make_as(0);
 }
 
 static int reader_of(const sllm_segment *segment)
@@ -39,16 +43,21 @@ static bool recyclable(const sllm_segment *segment)
     return (sllm_segment_flags(segment) & SLLM_SEGMENT_RECYCLABLE) != 0;
 }
 
-TEST(a_reader_can_change_nothing_in_any_way)
+/* Fill a segment, and try everything that could change it through a reader's descriptor. */
+static void attack(sllm_segment *segment)
 {
-    sllm_segment *segment = make();
+    sllm_error err;
     char *address = sllm_segment_address(segment);
     memset(address, 5, BYTES);
+    CHECK_OK(sllm_segment_complete(segment, &err), &err);
+    CHECK_OK(sllm_segment_complete(segment, &err), &err);
     int fd = reader_of(segment);
     CHECK(mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) == MAP_FAILED);
     void *view = mmap(NULL, BYTES, PROT_READ, MAP_SHARED, fd, 0);
     CHECK(view != MAP_FAILED);
     CHECK(mprotect(view, BYTES, PROT_READ | PROT_WRITE) != 0);
+    /* What removes pages from a file through its mapping. */
+    CHECK(madvise(view, BYTES, MADV_REMOVE) != 0);
     CHECK(munmap(view, BYTES) == 0);
     CHECK(pwrite(fd, "x", 1, 0) < 0);
     CHECK(ftruncate(fd, 0) != 0);
@@ -56,7 +65,7 @@ TEST(a_reader_can_change_nothing_in_any_way)
     CHECK(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE) != 0);
     char link[32];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    int again = open(link, O_RDWR); /* root may; the seals hold all the same */
+    int again = open(link, O_RDWR); /* root may open a memfd; the seals hold all the same */
     if (again >= 0) {
         CHECK(pwrite(again, "x", 1, 0) < 0);
         CHECK(ftruncate(again, 0) != 0 && ftruncate(again, (off_t)(2 * BYTES)) != 0);
@@ -64,14 +73,97 @@ TEST(a_reader_can_change_nothing_in_any_way)
         CHECK(mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, again, 0) == MAP_FAILED);
         close(again);
     }
+    CHECK(open(link, O_RDONLY | O_TRUNC) < 0 || address[0] == 5);
+    CHECK(truncate(link, 0) != 0);
     struct stat facts;
     CHECK(fstat(fd, &facts) == 0);
+    CHECK_U64((uint64_t)facts.st_size, BYTES);
     CHECK_U64(facts.st_mode & 0777, 0400);
     for (uint64_t i = 0; i < BYTES; i += 4096) {
         CHECK(address[i] == 5);
     }
     close(fd);
+}
+
+TEST(a_reader_can_change_nothing_in_any_way)
+{
+    sllm_segment *segment = make();
+    attack(segment);
     sllm_segment_destroy(segment);
+}
+
+TEST(a_kernel_without_the_seal_against_future_writers_seals_when_full)
+{
+    sllm_segment *segment = make_as(SLLM_SEGMENT_SEAL_WHEN_FULL);
+    sllm_error err;
+    int fd;
+    CHECK(!recyclable(segment));
+    CHECK_OK(sllm_segment_prefault(segment, 0, BYTES, &err), &err);
+    CHECK_STATUS(sllm_segment_reader(segment, &fd, &err), &err, SLLM_E_INVALID);
+    attack(segment);
+    sllm_segment_destroy(segment);
+}
+
+TEST(a_kernel_whose_leases_do_not_tell_recycles_nothing)
+{
+    sllm_segment *segment = make_as(SLLM_SEGMENT_NO_LEASE);
+    CHECK(!recyclable(segment));
+    CHECK_U64(sllm_segment_held(segment), 1);
+    attack(segment);
+    sllm_segment_destroy(segment);
+}
+
+/* A tmpfs of our own and a read-only mount of it, as directories; skips without the privilege. */
+static void mount_tmpfs(int directories[2])
+{
+    const char *at = "/tmp";
+    unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+    if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+        mount("tmpfs", at, "tmpfs", flags, "mode=0700,size=64m,huge=always") != 0) {
+        check_skip("cannot mount a tmpfs with huge pages here: %s", strerror(errno));
+    }
+    directories[0] = open(at, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(mount(at, at, NULL, MS_BIND, NULL) == 0);
+    CHECK(mount(NULL, at, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | flags, NULL) == 0);
+    directories[1] = open(at, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(directories[0] >= 0 && directories[1] >= 0);
+}
+
+TEST(a_reader_of_a_tmpfs_with_huge_pages_can_change_nothing_either)
+{
+    int directories[2];
+    mount_tmpfs(directories);
+    sllm_segment *segment;
+    sllm_error err;
+    CHECK_OK(sllm_segment_create_in(directories[0], directories[1], BYTES, &segment, &err), &err);
+    attack(segment);
+    int fd = reader_of(segment);
+    char link[32];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    CHECK(open(link, O_RDWR) < 0 && errno == EROFS);
+    CHECK(fchmod(fd, 0600) != 0 && errno == EROFS);
+    CHECK(openat(directories[1], "new", O_RDWR | O_CREAT, 0600) < 0 && errno == EROFS);
+    /* Neither is the mount made writable through the descriptor: it is not the mount's root. */
+    struct {
+        uint64_t set, clear, propagation, user_namespace;
+    } change = {.clear = 1}; /* MOUNT_ATTR_RDONLY */
+    CHECK(syscall(442, fd, "", AT_EMPTY_PATH, &change, sizeof change) != 0);
+    CHECK(mount(NULL, link, NULL, MS_REMOUNT | MS_BIND, NULL) != 0);
+    CHECK(recyclable(segment) && sllm_segment_held(segment));
+    close(fd);
+    CHECK_U64(sllm_segment_held(segment), 0);
+    sllm_segment_destroy(segment);
+}
+
+TEST(a_tmpfs_that_readers_could_write_to_is_refused)
+{
+    int directories[2];
+    mount_tmpfs(directories);
+    sllm_segment *segment;
+    sllm_error err;
+    CHECK_STATUS(sllm_segment_create_in(directories[0], directories[0], BYTES, &segment, &err),
+                 &err, SLLM_E_UNSUPPORTED);
+    CHECK_STATUS(sllm_segment_create_in(-1, -1, BYTES, &segment, &err), &err, SLLM_E_IO);
 }
 
 TEST(the_creator_goes_on_writing)
@@ -163,6 +255,7 @@ TEST(prefaulting_supplies_pages_and_refuses_what_lies_outside)
     CHECK_STATUS(sllm_segment_prefault(segment, BYTES, 4096, &err), &err, SLLM_E_INVALID);
     CHECK_STATUS(sllm_segment_prefault(segment, 1, 4096, &err), &err, SLLM_E_INVALID);
     CHECK_STATUS(sllm_segment_prefault(NULL, 0, 4096, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_segment_complete(NULL, &err), &err, SLLM_E_INVALID);
     sllm_segment_destroy(segment);
 }
 
@@ -170,9 +263,9 @@ TEST(a_size_that_is_none_is_refused)
 {
     sllm_segment *segment;
     sllm_error err;
-    CHECK_STATUS(sllm_segment_create(0, &segment, &err), &err, SLLM_E_INVALID);
-    CHECK_STATUS(sllm_segment_create(MIB, &segment, &err), &err, SLLM_E_INVALID);
-    CHECK_STATUS(sllm_segment_create(BYTES, NULL, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_segment_create(0, 0, &segment, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_segment_create(MIB, 0, &segment, &err), &err, SLLM_E_INVALID);
+    CHECK_STATUS(sllm_segment_create(BYTES, 0, NULL, &err), &err, SLLM_E_INVALID);
     CHECK(segment == NULL);
     CHECK(sllm_segment_address(NULL) == NULL && sllm_segment_flags(NULL) == 0);
     CHECK_U64(sllm_segment_held(NULL), 1);
