@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MapMode = Literal["auto", "never"]
+MapMode = Literal["auto", "never", "always"]
 MAX_THREADS = 64
 _MAX_CHUNK_BYTES = 2**30
 _VERIFY_SLICE_MS = 20
@@ -36,7 +36,8 @@ class LoadOptions:
     """How to load.
 
     Attributes:
-        map_files: ``auto`` maps files that are in the page cache; ``never`` always copies.
+        map_files: ``auto`` maps files that are in the page cache; ``never`` always copies;
+            ``always`` maps every local file, for processes that share the page cache.
         verify: Compare every byte with the digests of the conversion. Implies copying.
         threads: Reader threads; 0 for the library's choice.
         chunk_bytes: Largest read, a multiple of 4096; 0 for the library's choice.
@@ -208,7 +209,8 @@ def map_shard(shard: Shard, fd: int, options: LoadOptions) -> Memory | None:
     if options.map_files == "never" or options.verify or nbytes == 0:
         return None
     facts = probe_file(fd, str(shard.path), shard.data_offset, nbytes)
-    if not (facts.local and facts.residency_known and facts.resident_bytes >= nbytes):
+    resident = facts.residency_known and facts.resident_bytes >= nbytes
+    if not facts.local or not (resident or options.map_files == "always"):
         return None
     memory = Memory.map_file(fd, str(shard.path), shard.data_offset, nbytes)
     if not memory.writable:

@@ -1,0 +1,126 @@
+"""Whether a model got all its weights: engines start without some, and answer nonsense."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sllmctl.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sllmctl.integrations.engine_copy import WeightWrites
+    from sllmctl.integrations.engine_source import CheckLevel
+
+_SHOWN = 4
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def require_complete(
+    model: nn.Module,
+    writes: WeightWrites,
+    loaded: Collection[str] | None,
+    names: Collection[str],
+    *,
+    where: str,
+    level: CheckLevel = "full",
+    optional: Callable[[str, torch.Tensor], bool] = lambda name, parameter: False,
+) -> None:
+    """Refuse a model of which a parameter, or a part of one, never got its weights.
+
+    Args:
+        model: After its weights were loaded, before they are processed.
+        writes: Was active meanwhile.
+        loaded: Names of the parameters that the model says it loaded, if it says so.
+        names: Names of the checkpoint's tensors.
+        where: Names the checkpoint in the error.
+        level: ``full``, or ``names`` to allow parameters that got a part of their bytes.
+        optional: Whether a parameter may keep its initial value.
+
+    Raises:
+        CheckpointError: It names parameters, bytes, and the tensors that the checkpoint lacks.
+    """
+    if level == "off":
+        return
+    lacking: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        nbytes = parameter.numel() * parameter.element_size()
+        if not nbytes or parameter.is_meta or optional(name, parameter):
+            continue
+        written = writes.written_bytes(parameter)
+        claimed = loaded is not None and name in loaded
+        if written == nbytes or (not written and claimed):
+            # What was replaced, or written out of sight, is loaded when the model says so.
+            continue
+        if not written or level == "full":
+            lacking[name] = (written or 0, nbytes)
+    if not lacking:
+        return
+    parts = [
+        f"`{name}` got {written} of {nbytes} bytes"
+        for name, (written, nbytes) in list(lacking.items())[:_SHOWN]
+    ]
+    more = len(lacking) - _SHOWN
+    absent = missing_tensors(
+        list(lacking), names, getattr(model, "packed_modules_mapping", None) or {}
+    )
+    raise CheckpointError(
+        f"{where} does not fill a {type(model).__name__}: {', '.join(parts)}"
+        + (f" and {more} more parameters" if more > 0 else "")
+        + (f"; it has no {', '.join(f'`{name}`' for name in absent[:_SHOWN])}" if absent else ""),
+        hint="convert or copy the checkpoint again; where the model is right to leave bytes out, "
+        'such as padding, set "check": "names" in the loader\'s extra configuration',
+    )
+
+
+def missing_tensors(
+    parameters: Sequence[str], names: Collection[str], packed: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Name the tensors that a checkpoint lacks, as far as it can be told, for these parameters.
+
+    A fused parameter has its parts' names by the model's own table; and what every other layer
+    has, this one should have.
+    """
+    known = set(names)
+    found: dict[str, None] = {}
+    for parameter in parameters:
+        *_, module, _ = ("", "", *parameter.split("."))
+        parts = [parameter.replace(f".{module}.", f".{part}.") for part in packed.get(module, ())]
+        for name in parts or [parameter]:
+            if name not in known:
+                found[name] = None
+    irregular = _irregular(known)
+    for parameter in parameters:
+        place = parameter.rsplit(".", 2)[0] + "."
+        for name in irregular:
+            if name.startswith(place):
+                found[name] = None
+    # A name that only our guess of the model's naming makes up is of no help.
+    return [name for name in found if _pattern(name) in {_pattern(known) for known in known}] or [
+        *found
+    ]
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("#", name)
+
+
+def _irregular(names: Collection[str]) -> list[str]:
+    """Names that are missing from one layer, or one expert, and there in others of its kind."""
+    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    everywhere: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        for match in _NUMBER.finditer(name):
+            before, after = name[: match.start()], name[match.end() :]
+            numbers[before, after].add(match[0])
+            everywhere[before].add(match[0])
+    return sorted(
+        f"{before}{number}{after}"
+        for (before, after), there in numbers.items()
+        if 2 * len(there) >= len(everywhere[before])
+        for number in everywhere[before] - there
+    )

@@ -1,0 +1,121 @@
+"""What a model's weight loaders write: seen write by write, so that nothing stays unwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_WRITERS = {"copy_", "fill_", "zero_", "set_", "scatter_"} | {
+    f"{what}_{how}_" for what in ("index", "masked") for how in ("copy", "fill", "put", "scatter")
+}
+
+
+class _Region(NamedTuple):
+    """Bytes of a storage: where the first is, and lengths and strides, outermost first."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Region:
+        size = tensor.element_size()
+        return cls(
+            int(tensor.storage_offset()) * size,
+            (*tensor.shape, size),
+            (*(stride * size for stride in tensor.stride()), 1),
+        )
+
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """Start and end, if the bytes are neighbours."""
+        nbytes = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length != 1 and stride != nbytes:
+                return None
+            nbytes *= length
+        return self.offset, self.offset + nbytes
+
+
+class WeightWrites(TorchFunctionMode):
+    """Notes every write to a model's parameters while it is active, in the thread that entered it.
+
+    Engines cut and fuse weights with ``Tensor.copy_`` into views of their parameters, and say at
+    most which parameters got anything at all. The bytes that were written tell what is missing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._regions: dict[int, list[_Region]] = {
+            address: []
+            for parameter in model.parameters()
+            if (address := _address(parameter)) is not None
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a torch function, and note the tensor that it writes to."""
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _WRITERS and args:
+            self._note(args[0])
+        elif name == "__setitem__":
+            # An index that makes a view writes that; any other is trusted to write all.
+            part = args[0][args[1]]
+            self._note(part if _address(part) == _address(args[0]) else args[0])
+        elif func == _SET_DATA and (address := _address(args[0])) is not None:
+            self._regions.setdefault(address, [])
+            self._note(args[0])
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        regions = self._regions.get(_address(tensor) or 0)
+        if regions is not None and tensor.numel():
+            regions.append(_Region.of(tensor))
+
+    def written_bytes(self, parameter: torch.Tensor) -> int | None:
+        """How many bytes of a parameter were written; None where it has come to lie elsewhere."""
+        regions = self._regions.get(_address(parameter) or 0)
+        if regions is None:
+            return None
+        whole = _Region.of(parameter)
+        if whole in regions:
+            return parameter.numel() * parameter.element_size()
+        runs = [region.run for region in regions]
+        if whole.run is not None and None not in runs:
+            return _overlap(whole.run, [run for run in runs if run is not None])
+        mask = torch.zeros(parameter.untyped_storage().nbytes(), dtype=torch.bool, device="cpu")
+        for region in regions:
+            torch.as_strided(mask, region.shape, region.strides, region.offset).fill_(True)
+        return int(torch.as_strided(mask, whole.shape, whole.strides, whole.offset).sum())
+
+
+def _overlap(whole: tuple[int, int], runs: Sequence[tuple[int, int]]) -> int:
+    """Bytes of a range that a set of ranges covers."""
+    covered, reached = 0, whole[0]
+    for start, end in sorted(runs):
+        start, end = max(start, reached), min(end, whole[1])
+        if end > start:
+            covered += end - start
+            reached = end
+    return covered
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's storage starts; None for those that have none, such as meta tensors."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -1,0 +1,275 @@
+"""Where an engine's weights come from: what its loader was asked for, the checkpoint, the store."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from sllmctl import api
+from sllmctl.core.checkpoint import SUFFIX, Checkpoint, Shard, open_checkpoint
+from sllmctl.core.config import looks_like_path, resolve_model, storage_path
+from sllmctl.core.load import LoadOptions, LoadStats
+from sllmctl.core.places import find_source
+from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, SllmError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+CheckLevel = Literal["full", "names", "off"]
+RankStateUse = Literal["off", "auto", "require"]
+STORE_VARIABLE = "SLLMCTL_STORE"
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "store": ("auto", "require", "off"),
+    "check": ("full", "names", "off"),
+    "rank_state": ("off", "auto", "require"),
+}
+_KEYS = ("model", "storage_path", "store", "socket", "verify", "check", "rank_state")
+_READ_AHEAD_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine's user asked of our loader.
+
+    Attributes:
+        model: A path or a name below the storage path, instead of the engine's own model.
+        models: The same by the engine's model, for those who load several.
+        storage_path: Where names are looked up; see ``core.config.storage_path``.
+        store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
+        socket: The store's, instead of the usual ones.
+        verify: Compare every byte with the digests of the conversion.
+        check: What must have arrived: every byte of every parameter (``full``), something for
+            every parameter (``names``), or whatever the engine makes do with (``off``).
+        rank_state: ``auto`` uses what a rank wrote after an earlier load, or writes it;
+            ``require`` uses nothing else.
+    """
+
+    model: str | None = None
+    models: Mapping[str, str] = field(default_factory=dict)
+    storage_path: Path | None = None
+    store: api.StoreUse = "auto"
+    socket: Path | None = None
+    verify: bool = False
+    check: CheckLevel = "full"
+    rank_state: RankStateUse = "off"
+
+    @classmethod
+    def parse(cls, extra: object) -> EngineOptions:
+        """Check the engine's extra configuration of the loader, a mapping.
+
+        Raises:
+            ConfigError: An option is unknown, or its value makes no sense.
+        """
+        if not isinstance(extra, Mapping):
+            raise ConfigError(f"the loader's extra configuration is no JSON object: {extra!r}")
+        for key in extra:
+            if key not in _KEYS:
+                near = difflib.get_close_matches(str(key), _KEYS, n=1)
+                raise ConfigError(
+                    f"sllmctl's loader has no option `{key}`",
+                    hint=f"did you mean `{near[0]}`?" if near else f"it has {', '.join(_KEYS)}",
+                )
+        asked = {"store": os.environ.get(STORE_VARIABLE) or None, **extra}
+        for key, choices in _CHOICES.items():
+            if asked.get(key) not in (None, *choices):
+                raise ConfigError(f"`{asked[key]}` is no value of `{key}`", hint="; ".join(choices))
+        model = extra.get("model")
+        by_model = model if isinstance(model, Mapping) else {}
+        for text in (*by_model, *by_model.values(), model if model is not by_model else None):
+            if text is not None and (not isinstance(text, str) or not text):
+                raise ConfigError(f"`{text}` is no model", hint="give a path, or a name")
+        for key in ("storage_path", "socket"):
+            if not isinstance(extra.get(key, ""), str):
+                raise ConfigError(f"`{extra[key]}` is no path", hint=f"give `{key}` as text")
+        if not isinstance(extra.get("verify", False), bool):
+            raise ConfigError(f"`{extra['verify']}` is no value of `verify`", hint="true; false")
+        return cls(
+            model=model if isinstance(model, str) else None,
+            models=dict(by_model),
+            storage_path=_path(extra.get("storage_path")),
+            store=cast(api.StoreUse, asked["store"] or "auto"),
+            socket=_path(extra.get("socket")),
+            verify=extra.get("verify", False),
+            check=extra.get("check") or "full",
+            rank_state=extra.get("rank_state") or "off",
+        )
+
+    def model_for(self, engine_model: str) -> str:
+        """What to load when the engine wants a model: the option's, or the engine's own.
+
+        An engine that was started from a directory without weights, or from a snapshot in a hub's
+        cache, gets the checkpoint of that name below the storage path.
+        """
+        asked = self.models.get(engine_model) or self.model
+        if asked is not None:
+            return asked
+        path = Path(engine_model)
+        if not path.is_dir():
+            return engine_model
+        if _has_weights(path):
+            # As a path: an engine prefers the directory to what has its name elsewhere.
+            return engine_model if looks_like_path(engine_model) else f"./{engine_model}"
+        below = Path(os.path.realpath(storage_path(self.storage_path)))
+        real = Path(os.path.realpath(path))
+        if below in real.parents:
+            return str(real.relative_to(below))
+        place = find_source(path)
+        return place.name if place.origin is not None else engine_model
+
+
+def _path(text: Any) -> Path | None:
+    return Path(text).expanduser() if text else None
+
+
+def _has_weights(path: Path) -> bool:
+    try:
+        return any(entry.name.endswith(SUFFIX) for entry in path.iterdir())
+    except OSError:
+        return False
+
+
+class EngineWeights:
+    """The weights of one load: opened before the model is built, let go when it is filled.
+
+    Attributes:
+        model: What is loaded, as a path or a name.
+        path: Where its files are, or None when the store alone has it.
+        checkpoint: Its index, where its files are.
+        stats: What the load did.
+    """
+
+    def __init__(
+        self, options: EngineOptions, engine_model: str, *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Open a checkpoint, from the store or from disk.
+
+        Args:
+            options: The user's.
+            engine_model: What the engine calls the model: a path or a name on a hub.
+            rank: Which of the processes on this machine that load the same model this one is.
+            ranks: How many they are. They share the page cache, and each reads a part ahead.
+
+        Raises:
+            CheckpointNotFound: No checkpoint is there.
+            CheckpointError: It is damaged, or of another architecture than the engine's model.
+            StoreError: A store is required, and cannot serve the load.
+            SllmError: As ``api.load`` raises them.
+        """
+        self.model = options.model_for(engine_model)
+        self.path: Path | None = None
+        self.checkpoint: Checkpoint | None = None
+        try:
+            self.path = resolve_model(self.model, options.storage_path)
+            self.checkpoint = open_checkpoint(self.path)
+        except CheckpointNotFound:
+            if options.store == "off":
+                raise
+        else:
+            _require_same_architecture(Path(engine_model), self.path)
+        # One rank's verdict on the bytes that all share is enough.
+        choice = LoadOptions.choose(verify=options.verify and rank == 0)
+        if ranks > 1 and not choice.verify:
+            choice = replace(choice, map_files="always")
+        loaded = api.load(
+            self.model,
+            storage_path=options.storage_path,
+            store=options.store if self.path else "require",
+            socket=options.socket,
+            options=choice,
+        )
+        self.stats: LoadStats = loaded.stats
+        self._tensors = loaded.tensors
+        self.addresses = frozenset(
+            tensor.untyped_storage().data_ptr() for tensor in loaded.tensors.values()
+        )
+        if ranks > 1 and self.checkpoint is not None and not self.stats.store_bytes:
+            _read_ahead(self.checkpoint.shards, rank, ranks)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors, aliases included."""
+        return frozenset(self._tensors)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield ``(name, view)`` in file order, aliases last: on cpu, valid until `close`."""
+        yield from self._tensors.items()
+
+    def close(self) -> None:
+        """Let go of the memory, and of the store's lease; views that others keep stay valid."""
+        self._tensors = {}
+
+
+def _require_same_architecture(engine_path: Path, path: Path) -> None:
+    """Refuse weights of another architecture than the configuration that the engine was given."""
+    ours, theirs = (_architectures(place / "config.json") for place in (path, engine_path))
+    if ours and theirs and ours.isdisjoint(theirs):
+        raise CheckpointError(
+            f"`{path}` holds a {', '.join(sorted(ours))}, "
+            f"and `{engine_path}` is a {', '.join(sorted(theirs))}",
+            hint="name the checkpoint of the engine's model in the loader's extra configuration",
+        )
+
+
+def _architectures(path: Path) -> frozenset[str]:
+    try:
+        named = json.loads(path.read_bytes()).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return frozenset()
+    return frozenset(map(str, named)) if isinstance(named, list) else frozenset()
+
+
+def _read_ahead(shards: tuple[Shard, ...], rank: int, ranks: int) -> None:
+    """Bring this rank's part of the files into the page cache, where all ranks find it.
+
+    Page faults alone would read 128 KiB at a time.
+    """
+
+    def run() -> None:
+        number = 0
+        for shard in shards:
+            try:
+                fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as exc:
+                log.debug("no read-ahead of `%s`: %s", shard.path, exc.strerror)
+                continue
+            try:
+                for offset in range(0, shard.size, _READ_AHEAD_BYTES):
+                    number += 1
+                    if number % ranks == rank:
+                        os.posix_fadvise(fd, offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
+
+    threading.Thread(target=run, name="sllm-ahead", daemon=True).start()
+
+
+def describe(stats: LoadStats) -> str:
+    """Say in one line what a load did."""
+    parts = [
+        f"{count} {word}"
+        for count, word in (
+            (stats.store_bytes, "from the store"),
+            (stats.page_cache_bytes, "from the page cache"),
+            (stats.disk_bytes, "from disk"),
+        )
+        if count
+    ]
+    verified = ", verified" if stats.verified else ""
+    return (
+        f"{stats.tensors} tensors, {stats.bytes} bytes: {', '.join(parts) or 'none read'}"
+        f"{verified}, {stats.elapsed_s:.3f} s"
+    )
+
+
+def with_hint(exc: SllmError) -> str:
+    """An error's text for an engine's log, which knows no hints."""
+    return f"{exc} ({exc.hint})" if exc.hint else str(exc)

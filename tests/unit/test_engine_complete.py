@@ -1,0 +1,178 @@
+"""Nothing of a model stays unwritten without being named: weight loaders as engines have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sllmctl.errors import CheckpointError
+from sllmctl.integrations.engine_complete import missing_tensors, require_complete
+from sllmctl.integrations.engine_copy import WeightWrites
+
+
+class Attention(nn.Module):
+    """A fused parameter that three tensors of a checkpoint fill, rows after rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(4, 16, bias=False)
+        self.o_proj = nn.Linear(8, 4, bias=False)
+
+
+class Layered(nn.Module):
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> set[str]:
+        rows = {"q_proj": slice(0, 8), "k_proj": slice(8, 12), "v_proj": slice(12, 16)}
+        loaded = set()
+        parameters = dict(self.named_parameters())
+        for name, tensor in tensors.items():
+            for part, where in rows.items():
+                if part in name:
+                    name = name.replace(part, "qkv_proj")
+                    parameters[name].data.narrow(0, where.start, where.stop - where.start).copy_(
+                        tensor
+                    )
+                    break
+            else:
+                parameters[name].data.copy_(tensor)
+            loaded.add(name)
+        return loaded
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    shapes = {"q_proj": (8, 4), "k_proj": (4, 4), "v_proj": (4, 4), "o_proj": (4, 8)}
+    return {
+        f"layers.{layer}.{part}.weight": torch.randn(shape)
+        for layer in range(2)
+        for part, shape in shapes.items()
+    }
+
+
+def check(tensors: dict[str, torch.Tensor], level: str = "full", *, claims: bool = True) -> None:
+    model = Layered()
+    with WeightWrites(model) as writes:
+        loaded = model.load(tensors)
+    require_complete(
+        model,
+        writes,
+        loaded if claims else None,
+        tensors,
+        where="`tiny`",
+        level=level,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_a_complete_checkpoint_passes(claims: bool) -> None:
+    check(checkpoint(), claims=claims)
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_a_missing_tensor_is_named(claims: bool) -> None:
+    tensors = checkpoint()
+    del tensors["layers.1.o_proj.weight"]
+    with pytest.raises(CheckpointError) as caught:
+        check(tensors, claims=claims)
+    assert str(caught.value) == (
+        "`tiny` does not fill a Layered: `layers.1.o_proj.weight` got 0 of 128 bytes; "
+        "it has no `layers.1.o_proj.weight`"
+    )
+
+
+def test_a_missing_slice_of_a_fused_parameter_is_named_with_its_bytes() -> None:
+    tensors = checkpoint()
+    del tensors["layers.0.q_proj.weight"]
+    with pytest.raises(CheckpointError) as caught:
+        check(tensors)
+    assert str(caught.value) == (
+        "`tiny` does not fill a Layered: `layers.0.qkv_proj.weight` got 128 of 256 bytes; "
+        "it has no `layers.0.q_proj.weight`"
+    )
+    check(tensors, "names")
+    check({}, "off")
+
+
+def test_what_is_missing_everywhere_is_named_by_the_parameter() -> None:
+    tensors = {name: t for name, t in checkpoint().items() if "q_proj" not in name}
+    with pytest.raises(CheckpointError, match=r"layers.0.qkv_proj.weight. got 128 of 256"):
+        check(tensors)
+
+
+def test_what_every_other_layer_has_is_missed_without_a_table() -> None:
+    names = set(checkpoint()) - {"layers.0.v_proj.weight"}
+    assert missing_tensors(["layers.0.qkv_proj.weight"], names, {}) == ["layers.0.v_proj.weight"]
+
+
+WRITES: dict[str, Callable[[nn.Parameter], object]] = {
+    "whole": lambda p: p.data.copy_(torch.ones(6, 4)),
+    "transposed": lambda p: p.data.t().copy_(torch.ones(4, 6)),
+    "flat": lambda p: p.data.view(-1).copy_(torch.ones(24)),
+    "in halves": lambda p: [p.data[:3].copy_(torch.ones(3, 4)), p.data[3:].fill_(0)],
+    "in columns": lambda p: [p.data[:, :1].copy_(torch.ones(6, 1)), p.data[:, 1:].zero_()],
+    "by index": lambda p: [p.data.__setitem__(i, torch.ones(4)) for i in range(6)],
+    "by advanced index": lambda p: p.data.__setitem__(torch.arange(6), torch.ones(6, 4)),
+    "as bytes": lambda p: p.data.view(torch.uint8).copy_(torch.ones(6, 16, dtype=torch.uint8)),
+    "as another dtype": lambda p: p.data.view(torch.float64).copy_(torch.ones(6, 2)),
+    "by new data": lambda p: setattr(p, "data", torch.ones(6, 4)),
+    "in overlapping parts": lambda p: [p.data[:4].zero_(), p.data[2:].zero_(), p.data[1:2].zero_()],
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_every_way_to_write_a_parameter_counts(how: str) -> None:
+    model = nn.Linear(4, 6, bias=False)
+    with torch.no_grad(), WeightWrites(model) as writes:
+        WRITES[how](model.weight)
+    assert writes.written_bytes(model.weight) == 96
+
+
+PARTS: dict[str, tuple[Callable[[nn.Parameter], object], int]] = {
+    "nothing": (lambda p: p.data.sum(), 0),
+    "a flag": (lambda p: p.requires_grad_(False), 0),
+    "another tensor": (lambda p: torch.empty(6, 4).copy_(p.data), 0),
+    "a row": (lambda p: p.data[2].copy_(torch.ones(4)), 16),
+    "a row twice": (lambda p: [p.data[2].zero_(), p.data[2].fill_(1)], 16),
+    "a column": (lambda p: p.data[:, 2].copy_(torch.ones(6)), 24),
+    "an element": (lambda p: p.data.__setitem__((1, 2), 3.0), 4),
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_parts_count_once_and_reads_not_at_all(what: str) -> None:
+    model = nn.Linear(4, 6, bias=False)
+    write, expected = PARTS[what]
+    with torch.no_grad(), WeightWrites(model) as writes:
+        write(model.weight)
+    assert writes.written_bytes(model.weight) == expected
+
+
+def test_a_parameter_that_was_replaced_is_the_models_word() -> None:
+    model = nn.Linear(4, 6, bias=False)
+    with WeightWrites(model) as writes:
+        model.weight = nn.Parameter(torch.ones(6, 4))
+    assert writes.written_bytes(model.weight) is None
+    require_complete(model, writes, {"weight"}, {"weight"}, where="`x`")
+    with pytest.raises(CheckpointError, match="got 0 of 96"):
+        require_complete(model, writes, set(), {"weight"}, where="`x`")
+
+
+def test_optional_and_empty_and_meta_parameters_may_stay_as_they_are() -> None:
+    model = nn.Module()
+    model.k_scale = nn.Parameter(torch.ones(1))
+    model.empty = nn.Parameter(torch.empty(0, 4))
+    model.later = nn.Parameter(torch.empty(4, device="meta"))
+    with WeightWrites(model) as writes:
+        pass
+    require_complete(
+        model, writes, set(), set(), where="`x`", optional=lambda name, _: name == "k_scale"
+    )
+    with pytest.raises(CheckpointError, match="k_scale"):
+        require_complete(model, writes, set(), set(), where="`x`")
