@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,14 +16,23 @@ from sllmctl.native import Memory
 
 _THREADS = 2
 
+Reader = Callable[[int, int], Iterable[memoryview]]
+"""Gives the bytes of a shard's tensors from a first to before a last one, in order."""
+
+
+def memory_reader(memory: Memory, memory_offset: int) -> Reader:
+    """Read a shard that is in memory, whose first byte is that of the file at an offset."""
+    return lambda start, end: [
+        memoryview(memory.buffer)[start - memory_offset : end - memory_offset]
+    ]
+
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """What one shard's bytes must be, and where a load puts them.
+    """What one shard's bytes must be, and how to get at what a load made of them.
 
     Attributes:
-        memory: Receives the shard's bytes.
-        memory_offset: Where in the file the memory starts.
+        read: Gives the bytes of its tensors.
         fd: The open file, for its header.
         names: ``(offset in the file, name)`` of its tensors in file order, for messages.
     """
@@ -31,8 +40,7 @@ class ShardCheck:
     shard: Shard
     digest: ShardDigest
     chunk_bytes: int
-    memory: Memory
-    memory_offset: int
+    read: Reader
     fd: int
     names: Sequence[tuple[int, str]]
 
@@ -56,8 +64,8 @@ class ShardCheck:
         if start < data:
             hasher.update(os.pread(self.fd, min(end, data) - start, start))
         if end > data:
-            base = self.memory_offset
-            hasher.update(memoryview(self.memory.buffer)[max(start, data) - base : end - base])
+            for part in self.read(max(start, data), end):
+                hasher.update(part)
         if hasher.digest() != self.digest.chunk_digest(index):
             raise ChecksumMismatch(
                 f"`{self.shard.path}` is damaged between bytes {start} and {end}"
@@ -73,14 +81,14 @@ class ShardCheck:
 
 
 def shard_checks(
-    checkpoint: Checkpoint, fds: Sequence[int], places: Sequence[tuple[Memory, int]]
+    checkpoint: Checkpoint, fds: Sequence[int], readers: Sequence[Reader]
 ) -> list[ShardCheck]:
     """Pair every shard with the digests of the manifest.
 
     Args:
         checkpoint: Whose manifest is asked.
         fds: Of its shards.
-        places: Each shard's memory, and the file offset of the memory's first byte.
+        readers: How to get at the bytes of each shard's tensors.
 
     Raises:
         CheckpointError: The checkpoint has no digests, or none for one of its shards.
@@ -108,7 +116,7 @@ def shard_checks(
                 shard,
                 digest,
                 checkpoint.manifest.chunk_bytes,
-                *places[index],
+                readers[index],
                 fds[index],
                 names[index],
             )

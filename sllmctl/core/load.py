@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sllmctl.core.checkpoint import Checkpoint, Shard
-from sllmctl.core.digest import ShardCheck, Verification, shard_checks
+from sllmctl.core.digest import ShardCheck, Verification, memory_reader, shard_checks
 from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.tensors import TensorBuilder
@@ -146,7 +146,8 @@ def load(
             (memory, shard.data_offset)
             for memory, shard in zip(memories, checkpoint.shards, strict=True)
         ]
-        checks = shard_checks(checkpoint, fds, places) if options.verify else []
+        readers = [memory_reader(*place) for place in places]
+        checks = shard_checks(checkpoint, fds, readers) if options.verify else []
         stats.plan_s = time.perf_counter() - started - stats.open_s
         _read(checkpoint.shards, fds, memories, to_read, checks, options, stats, progress)
         built = time.perf_counter()

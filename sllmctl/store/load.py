@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from sllmctl.core.checkpoint import Checkpoint, Shard
-from sllmctl.core.digest import shard_checks
+from sllmctl.core.digest import memory_reader, shard_checks
 from sllmctl.core.load import (
     Loaded,
     LoadOptions,
@@ -205,7 +205,7 @@ def _read_rest(
 def _verify(
     checkpoint: Checkpoint, fds: Sequence[int], places: Sequence[tuple[Memory, int]]
 ) -> None:
-    checks = shard_checks(checkpoint, fds, places)
+    checks = shard_checks(checkpoint, fds, [memory_reader(*place) for place in places])
     with ThreadPoolExecutor(_VERIFY_THREADS, "sllm-verify") as pool:
         results = [
             pool.submit(check.check, index)

@@ -1,0 +1,148 @@
+"""Which tensor goes to which device: what a ``device_map`` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+from sllmctl.core.checkpoint import Checkpoint, natural_key
+from sllmctl.core.devices import (
+    DeviceSpec,
+    accelerators,
+    find_device,
+    free_memory_bytes,
+)
+from sllmctl.core.units import format_size
+from sllmctl.errors import ConfigError, DeviceError
+
+AUTOMATIC = ("auto", "balanced", "sequential")
+
+Placement = Mapping[str, DeviceSpec]
+"""The device of every name, those of tied tensors included."""
+
+_BLOCK = re.compile(r"(.*?\.[0-9]+)(?:\.|$)")
+_ROOM = 0.9
+"""How much of a device's free memory a choice of ours fills: what follows a load needs some."""
+
+
+def place_tensors(checkpoint: Checkpoint, device_map: object) -> Placement:
+    """Choose a device for every name of a checkpoint.
+
+    Args:
+        checkpoint: Whose tensors.
+        device_map: A device for all, as ``devices.find_device`` takes it. Or a dict of names of
+            modules, matched on dots, the longest that fits first, with ``""`` for the rest. Or
+            ``"balanced"`` (an even share for each accelerator), ``"sequential"`` (each is filled
+            before the next), ``"auto"`` (balanced, where that fits).
+
+    Raises:
+        ConfigError: The map makes no sense, or says nothing about a tensor.
+        DeviceUnavailable: A device in it is not there.
+        DeviceError: The accelerators together have no room.
+    """
+    names = [*checkpoint.tensors, *checkpoint.aliases]
+    if isinstance(device_map, Mapping):
+        return _place_by_prefix(names, device_map)
+    if device_map not in AUTOMATIC:
+        return dict.fromkeys(names, find_device(device_map))
+    devices = accelerators()
+    if len(devices) < 2:
+        return dict.fromkeys(names, devices[0] if devices else DeviceSpec("cpu"))
+    return _place_by_room(checkpoint, devices, balanced=device_map != "sequential")
+
+
+def _place_by_prefix(names: Sequence[str], device_map: Mapping[object, object]) -> Placement:
+    devices: dict[str, DeviceSpec] = {}
+    for module, device in device_map.items():
+        if not isinstance(module, str) or str(device) in ("disk", "meta"):
+            raise ConfigError(
+                f"device_map puts `{module}` on `{device}`",
+                hint="map names of modules to devices such as npu:0 or cpu",
+            )
+        devices[module] = find_device(device)
+    placement = {}
+    for name in names:
+        module = name
+        while module and module not in devices:
+            module = module.rpartition(".")[0]
+        if module not in devices:
+            raise ConfigError(
+                f"device_map says nothing about `{name}`",
+                hint='add "" to it, for all that no other entry names',
+            )
+        placement[name] = devices[module]
+    return placement
+
+
+def _place_by_room(
+    checkpoint: Checkpoint, devices: Sequence[DeviceSpec], *, balanced: bool
+) -> Placement:
+    blocks: dict[str, int] = {}
+    for name in sorted(checkpoint.tensors, key=natural_key):
+        block = block_of(name)
+        blocks[block] = blocks.get(block, 0) + checkpoint.tensors[name].nbytes
+    free = [free_memory_bytes(device) for device in devices]
+    room = [int(_ROOM * nbytes) for nbytes in free]
+    chosen = balance(list(blocks.values()), room) if balanced else None
+    chosen = chosen or fill(list(blocks.values()), room)
+    if chosen is None:
+        there = ", ".join(
+            f"{format_size(nbytes)} on {device}"
+            for device, nbytes in zip(devices, free, strict=True)
+        )
+        raise DeviceError(
+            f"the load needs {format_size(checkpoint.nbytes)}, and free are {there}, "
+            "of which a tenth is left alone",
+            hint="end what else uses the devices, or put modules on the cpu with a dict device_map",
+        )
+    of_block = dict(zip(blocks, (devices[number] for number in chosen), strict=True))
+    placement = {name: of_block[block_of(name)] for name in checkpoint.tensors}
+    return placement | {alias: placement[kept] for alias, kept in checkpoint.aliases.items()}
+
+
+def block_of(name: str) -> str:
+    """What stays together: a numbered layer (``model.layers.7``), or else a tensor's module."""
+    match = _BLOCK.match(name)
+    return match[1] if match else name.rpartition(".")[0] or name
+
+
+def fill(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
+    """Put blocks of so many bytes on devices in order, each as full as it gets.
+
+    Returns:
+        A device's number for each block, or None where they do not fit.
+    """
+    chosen: list[int] = []
+    device, used = 0, 0
+    for nbytes in blocks:
+        while device < len(room) and used + nbytes > room[device]:
+            device, used = device + 1, 0
+        if device == len(room):
+            return None
+        chosen.append(device)
+        used += nbytes
+    return chosen
+
+
+def balance(blocks: Sequence[int], room: Sequence[int]) -> list[int] | None:
+    """Put blocks of so many bytes on devices in order, about the same on each.
+
+    Returns:
+        A device's number for each block, or None where they do not fit.
+    """
+    chosen: list[int] = []
+    left = sum(blocks)
+    device, used = 0, 0
+    share = ceil(left / len(room))
+    for nbytes in blocks:
+        # Past the middle of a block the share is better met without it.
+        if device < len(room) - 1 and used and used + nbytes / 2 > share:
+            left -= used
+            device, used = device + 1, 0
+            share = ceil(left / (len(room) - device))
+        used += nbytes
+        if used > room[device]:
+            return None
+        chosen.append(device)
+    return chosen
