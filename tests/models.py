@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.architectures import AUTO_CLASS, SHORT, WIDE
+
+__all__ = ["AUTO_CLASS", "MODEL_NAMES", "make_model", "minilm_directory", "same_bits"]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -51,177 +54,14 @@ def make_tokenizer(path: Path, *, chat: bool) -> dict[str, int | None]:
     return {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
 
 
-def _decoder(ids: dict[str, Any]) -> dict[str, Any]:
-    return dict(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        **ids,
-    )
-
-
-def _qwen3(ids: dict[str, Any]) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(Qwen3Config(head_dim=32, tie_word_embeddings=False, **_decoder(ids)))
-
-
-def _qwen3_tied(ids: dict[str, Any]) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(Qwen3Config(head_dim=32, tie_word_embeddings=True, **_decoder(ids)))
-
-
-def _llama(ids: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **_decoder(ids)))
-
-
-def _opt(ids: dict[str, Any]) -> Any:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(
-        vocab_size=512,
-        hidden_size=128,
-        ffn_dim=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        word_embed_proj_dim=128,
-        bos_token_id=0,
-        **ids,
-    )
-    return OPTForCausalLM(config)
-
-
-def _qwen3_moe(ids: dict[str, Any]) -> Any:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        head_dim=32,
-        tie_word_embeddings=False,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        **_decoder(ids),
-    )
-    return Qwen3MoeForCausalLM(config)
-
-
-def _t5(ids: dict[str, Any]) -> Any:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=512,
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=ids["pad_token_id"],
-        **ids,
-    )
-    return T5ForConditionalGeneration(config)
-
-
-def _bart(ids: dict[str, Any]) -> Any:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(
-        vocab_size=512,
-        d_model=128,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=256,
-        decoder_ffn_dim=256,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        decoder_start_token_id=ids["eos_token_id"],
-        forced_eos_token_id=ids["eos_token_id"],
-        **ids,
-    )
-    return BartForConditionalGeneration(config)
-
-
-def _llava(ids: dict[str, Any]) -> Any:
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**_decoder(ids)),
-        image_token_index=511,
-        tie_word_embeddings=False,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def _bert(ids: dict[str, Any]) -> Any:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=ids["pad_token_id"],
-    )
-    return BertModel(config)
-
-
-_MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "qwen3": _qwen3,
-    "qwen3-tied": _qwen3_tied,
-    "llama": _llama,
-    "opt": _opt,
-    "qwen3-moe": _qwen3_moe,
-    "t5": _t5,
-    "bart": _bart,
-    "llava": _llava,
-    "bert": _bert,
-}
-
-AUTO_CLASS = {
-    "t5": "AutoModelForSeq2SeqLM",
-    "bart": "AutoModelForSeq2SeqLM",
-    "llava": "AutoModelForImageTextToText",
-    "bert": "AutoModel",
-    "minilm": "AutoModel",
-}
-"""The Auto class of a model, where it is not ``AutoModelForCausalLM``."""
-
-MODEL_NAMES = tuple(_MODELS)
+MODEL_NAMES = tuple(SHORT)
 
 
 def make_model(name: str, path: Path, *, dtype: str = "bfloat16") -> Path:
     """Write one tiny model, with tokenizer and generation settings, below 2 MB.
 
     Args:
-        name: One of ``MODEL_NAMES``. ``qwen3`` and ``llama`` have a chat template.
+        name: One of those in `tests.architectures`. ``qwen3`` and ``llama`` have a chat template.
         path: Directory to fill.
         dtype: Floating dtype of the weights, a name in ``torch``.
 
@@ -234,7 +74,7 @@ def make_model(name: str, path: Path, *, dtype: str = "bfloat16") -> Path:
     ids = make_tokenizer(path, chat=name in ("qwen3", "llama"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _MODELS[name](ids).to(getattr(torch, dtype))
+        model = (SHORT | WIDE)[name].make(ids).to(getattr(torch, dtype))
     # Large weights make the greedy choice clear, so that tokens tell weights apart.
     with torch.no_grad():
         for parameter in model.parameters():

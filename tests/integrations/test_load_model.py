@@ -23,44 +23,16 @@ from sllmctl.errors import (
 )
 from sllmctl.integrations.hf_build import build_model, make_skeleton
 from sllmctl.transformers import load_model
+from tests.integrations.compare import (
+    DTYPE,
+    assert_same_model,
+    assert_same_tokens,
+    different,
+    loaded,
+    outputs,
+    reference,
+)
 from tests.models import AUTO_CLASS, same_bits
-
-V5 = int(transformers.__version__.partition(".")[0]) >= 5
-DTYPE = "dtype" if V5 else "torch_dtype"
-
-
-def reference(path: Path, name: str, **kwargs: Any) -> Any:
-    auto = getattr(transformers, AUTO_CLASS.get(name, "AutoModelForCausalLM"))
-    return auto.from_pretrained(path, **{DTYPE: "auto", **kwargs})
-
-
-def loaded(path: Path, name: str, **kwargs: Any) -> Any:
-    return load_model(
-        path, "cpu", hf_model_class=AUTO_CLASS.get(name, "AutoModelForCausalLM"), **kwargs
-    )
-
-
-def outputs(model: Any) -> torch.Tensor:
-    ids = (torch.arange(3, 40) % 500).unsqueeze(0)
-    extra = {"decoder_input_ids": ids[:, :9]} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        result = model(input_ids=ids, **extra)
-    return result.logits if "logits" in result else result.last_hidden_state
-
-
-def assert_same_model(model: Any, expected: Any) -> None:
-    assert type(model) is type(expected)
-    assert model.dtype == expected.dtype
-    assert not model.training
-    for mine, other in (
-        (dict(model.named_parameters()), dict(expected.named_parameters())),
-        (dict(model.named_buffers()), dict(expected.named_buffers())),
-        (model.state_dict(), expected.state_dict()),
-    ):
-        assert mine.keys() == other.keys()
-        different = [name for name in mine if not same_bits(mine[name], other[name])]
-        assert different == []
-    assert same_bits(outputs(model), outputs(expected))
 
 
 def test_model_equals_that_of_from_pretrained(path: Path, name: str) -> None:
@@ -71,16 +43,7 @@ def test_model_equals_that_of_from_pretrained(path: Path, name: str) -> None:
 
 
 def test_generation_equals_that_of_from_pretrained(path: Path, name: str) -> None:
-    model, expected = loaded(path, name), reference(path, name)
-    assert model.can_generate() == expected.can_generate()
-    if model.can_generate():
-        assert model.generation_config.to_dict() == expected.generation_config.to_dict()
-        ids = torch.tensor([[5, 6, 7]])
-        tokens = [
-            m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-            for m in (model, expected)
-        ]
-        assert tokens[0].tolist() == tokens[1].tolist()
+    assert_same_tokens(loaded(path, name), reference(path, name))
 
 
 def test_plain_readers_find_the_source_bits_in_a_converted_directory(
@@ -90,13 +53,12 @@ def test_plain_readers_find_the_source_bits_in_a_converted_directory(
     assert_same_model(reference(target, name), reference(source, name))
     before = {k: t for file in source.glob("*.safetensors") for k, t in load_file(file).items()}
     after = {k: t for file in target.glob("*.safetensors") for k, t in load_file(file).items()}
-    assert before.keys() == after.keys()
-    assert [k for k in before if not same_bits(before[k], after[k])] == []
+    assert different(before, after) == set()
 
 
 def test_parameters_are_the_loaded_tensors(path: Path, name: str) -> None:
     tensors = sllmctl.load_tensors(path)
-    skeleton = make_skeleton(path, AUTO_CLASS.get(name, "AutoModelForCausalLM"))
+    skeleton = make_skeleton(path, AUTO_CLASS[name])
     model = build_model(skeleton, tensors)
     places = {tensor.data_ptr() for tensor in tensors.values()}
     copied = [n for n, p in model.named_parameters() if p.data_ptr() not in places]

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import sllmctl
 from sllmctl.errors import CheckpointError
 from sllmctl.transformers import load_model
+from tests.integrations.compare import V5
 from tests.models import AUTO_CLASS, same_bits
 
-V5 = int(transformers.__version__.partition(".")[0]) >= 5
 Tensors = dict[str, torch.Tensor]
 
 
@@ -40,7 +39,7 @@ def edited(tmp_path: Path, original: Any) -> Callable[[str, Callable[[Tensors], 
 
 def refusal(path: Path, name: str) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_model(path, hf_model_class=AUTO_CLASS.get(name, "AutoModelForCausalLM"))
+        load_model(path, hf_model_class=AUTO_CLASS[name])
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message

@@ -14,23 +14,18 @@ from safetensors.torch import load_file
 import sllmctl
 from sllmctl.errors import ConfigError
 from sllmctl.transformers import load_model, save_model
+from tests.integrations.compare import different
 from tests.models import AUTO_CLASS, MODEL_NAMES, make_model, same_bits
 
 Tensors = dict[str, torch.Tensor]
 
 
 def auto(name: str) -> Any:
-    return getattr(transformers, AUTO_CLASS.get(name, "AutoModelForCausalLM"))
+    return getattr(transformers, AUTO_CLASS[name])
 
 
 def read_plainly(path: Path) -> Tensors:
     return {k: t for file in path.glob("*.safetensors") for k, t in load_file(file).items()}
-
-
-def different(a: Tensors, b: Tensors) -> set[str]:
-    return (a.keys() ^ b.keys()) | {
-        name for name in a.keys() & b.keys() if not same_bits(a[name], b[name])
-    }
 
 
 @pytest.fixture
