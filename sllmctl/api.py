@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.checkpoint import Format, open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
 from sllmctl.core.load import Loaded, LoadOptions
@@ -147,6 +147,7 @@ def run_conversion(
     hub: str = "auto",
     revision: str | None = None,
     dtype: str = "keep",
+    format: Format = "safetensors",  # noqa: A002
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -163,6 +164,7 @@ def run_conversion(
         hub: ``auto``, ``huggingface`` or ``modelscope``.
         revision: Branch, tag or commit on the hub.
         dtype: ``keep``, ``bfloat16``, ``float16`` or ``float32``.
+        format: ``safetensors``, or ``sllm-store`` for those who run its server.
         max_shard_bytes: A shard is no larger, unless a single tensor is.
         include: Patterns of relative file names; only files that match take part.
         exclude: Patterns of relative file names that take no part.
@@ -202,6 +204,7 @@ def run_conversion(
         path,
         target,
         dtype=dtype,
+        file_format=format,
         max_shard_bytes=max_shard_bytes,
         include=include,
         exclude=exclude,
@@ -221,6 +224,7 @@ def convert(
     hub: str = "auto",
     revision: str | None = None,
     dtype: str = "keep",
+    format: Format = "safetensors",  # noqa: A002
     force: bool = False,
 ) -> Path:
     """Download a model if need be, convert it, and verify what was written.
@@ -238,6 +242,7 @@ def convert(
         hub=hub,
         revision=revision,
         dtype=dtype,
+        format=format,
         force=force,
     ).path
 

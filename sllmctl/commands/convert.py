@@ -24,6 +24,13 @@ class Dtype(str, Enum):
     FLOAT32 = "float32"
 
 
+class Format(str, Enum):
+    """How weights are stored."""
+
+    SAFETENSORS = "safetensors"
+    SLLM_STORE = "sllm-store"
+
+
 class Hub(str, Enum):
     """Where a model's name is looked up."""
 
@@ -54,6 +61,10 @@ def convert(
         Dtype,
         typer.Option("--dtype", help="Cast the weights of the model's main floating dtype."),
     ] = Dtype.KEEP,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="Of the weights; sllm-store for who runs its server."),
+    ] = Format.SAFETENSORS,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights.")
     ] = "16GiB",
@@ -116,6 +127,7 @@ def convert(
             hub=hub.value,
             revision=revision,
             dtype=dtype.value,
+            format=format_.value,
             max_shard_bytes=parse_size(max_shard_size),
             include=include or (),
             exclude=exclude or (),

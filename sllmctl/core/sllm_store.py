@@ -135,6 +135,17 @@ def read_sllm_store(directory: Path) -> tuple[Placed, list[tuple[Path, os.stat_r
     return placed, files[:used]
 
 
+def parts_warning(parts: tuple[str, ...]) -> str | None:
+    """What a person should know of tensors that are smaller than their records."""
+    if not parts:
+        return None
+    return (
+        f"{len(parts)} {'tensor is' if len(parts) == 1 else 'tensors are'} part of a larger "
+        f"storage, such as {shown(parts[0])}: sllm-store stores no offset in it, so one that did "
+        "not start with its storage has the wrong bytes"
+    )
+
+
 def _ends(raw: bytes, path: Path) -> int:
     return max((r.offset + r.size for r in parse_records(raw, str(path))), default=0)
 

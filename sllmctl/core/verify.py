@@ -16,8 +16,10 @@ from sllmctl.core.checkpoint import (
     SUFFIX,
     TensorEntry,
     find_shards,
+    holds_sllm_store,
     open_checkpoint,
     open_shards,
+    open_sllm_store,
     read_shard,
 )
 from sllmctl.core.fileio import Buffer, SourceFile
@@ -25,6 +27,8 @@ from sllmctl.core.header import parse_index, shown
 from sllmctl.core.manifest import MANIFEST_NAME, FileDigest, Manifest, ShardDigest, read_manifest
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.scan import scan_files
+from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
+from sllmctl.core.sllm_store import is_data_name, parts_warning, read_sllm_store
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ReadError
 
 _STEP_BYTES = 4 * 2**20
@@ -35,8 +39,8 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        kind: ``manifest``, ``structure``, ``missing``, ``extra``, ``size``, ``digest``, ``read`` or
-            ``changed`` (a warning).
+        kind: ``manifest``, ``structure``, ``missing``, ``extra``, ``size``, ``digest``, ``read``;
+            or ``changed`` or ``part`` (warnings).
         file: Name relative to the checkpoint.
         tensor: The first tensor that is hit, where that is known.
         offset: Where in the file, in bytes, where that is known.
@@ -58,7 +62,7 @@ class VerifyReport:
         path: The checkpoint.
         checked: ``digests``, or ``structure`` for a checkpoint without any.
         problems: Damage; none means that the checkpoint is whole.
-        warnings: Changed files that are not weights.
+        warnings: Changed files that are not weights; tensors of sllm-store that may be wrong.
         tensors: Number of stored tensors, as far as headers could be read.
         bytes: Bytes that were compared with a digest.
         elapsed_s: How long it took.
@@ -157,16 +161,31 @@ class _Check:
         try:
             if self.problems:
                 # The manifest is damaged; opening would stop at that.
-                index, names = find_shards(self.path, [e.name for e in self.path.iterdir()])
-                self._open(index, names)
+                names = [entry.name for entry in self.path.iterdir()]
+                if holds_sllm_store(names):
+                    self.tensors = len(open_sllm_store(self.path).tensors)
+                else:
+                    self._open(*find_shards(self.path, names))
             else:
-                self.tensors = len(open_checkpoint(self.path).tensors)
+                checkpoint = open_checkpoint(self.path)
+                self.tensors = len(checkpoint.tensors)
+                if checkpoint.format == "sllm-store":
+                    self._parts()
         except CheckpointNotFound as exc:
             if not self.problems:
                 raise
             self.found("missing", "", str(exc))
         except CheckpointError as exc:
             self.found("structure", "", str(exc))
+
+    def _parts(self) -> None:
+        """Warn of tensors whose bytes sllm-store may have taken from the wrong place."""
+        placed, files = read_sllm_store(self.path)
+        message = parts_warning(placed.parts)
+        if message is not None:
+            entry = next(e for e in placed.entries if e.name == placed.parts[0])
+            file = files[entry.shard][0].name
+            self.warnings.append(Problem("part", file, entry.name, entry.offset, message))
 
     def _open(self, index: str | None, names: Sequence[str]) -> None:
         weight_map = None
@@ -204,12 +223,9 @@ class _Check:
                     f"`{shard.name}` is {size} bytes long; {shard.size} were written",
                     offset=min(size, shard.size),
                 )
-            try:
-                self._entries[shard.name] = read_shard(path)[1]
-            except CheckpointError as exc:
-                self.found("structure", shard.name, str(exc), offset=0)
             present.append(shard)
             files.append((path, min(size, shard.size)))
+        self._read_entries([shard.name for shard in present])
 
         def compare(number: int, chunk: int, digest: bytes) -> None:
             shard, nbytes = present[number], files[number][1]
@@ -239,6 +255,24 @@ class _Check:
             on_unreadable=unreadable,
             progress=progress,
         )
+
+    def _read_entries(self, names: Sequence[str]) -> None:
+        """Read which tensors are where in the files that are there."""
+        if any(map(is_data_name, names)):
+            self._entries = {name: [] for name in names}
+            try:
+                placed, files = read_sllm_store(self.path)
+            except CheckpointError as exc:
+                self.found("structure", SLLM_INDEX_NAME, str(exc))
+                return
+            for entry in placed.entries:
+                self._entries.setdefault(files[entry.shard][0].name, []).append(entry)
+            return
+        for name in names:
+            try:
+                self._entries[name] = read_shard(self.path / name)[1]
+            except CheckpointError as exc:
+                self.found("structure", name, str(exc), offset=0)
 
     def _damaged(self, name: str, start: int, end: int) -> None:
         tensors = self._tensors(name, start, end)
@@ -277,8 +311,8 @@ class _Check:
         if len(self._entries) < len(known) or self.problems:
             return
         try:
-            index, names = find_shards(self.path, listed)
-            self._open(index, names)
+            if not holds_sllm_store(listed):
+                self._open(*find_shards(self.path, listed))
         except CheckpointError as exc:
             self.found("structure", "", str(exc))
         else:
@@ -312,7 +346,7 @@ class _Check:
         self.compared_bytes += source.size
         if hasher.hexdigest() == file.digest and source.size == file.size:
             return
-        if file.name.endswith(INDEX_SUFFIX):
+        if file.name.endswith(INDEX_SUFFIX) or file.name == SLLM_INDEX_NAME:
             self.found("digest", file.name, f"`{file.name}` is damaged")
         else:
             self.warnings.append(

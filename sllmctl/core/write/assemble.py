@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from sllmctl import __version__
-from sllmctl.core.checkpoint import INDEX_NAME, open_checkpoint
+from sllmctl.core.checkpoint import INDEX_NAME, SINGLE_NAME, Format, open_checkpoint
 from sllmctl.core.fileio import Buffer, SourceFile
 from sllmctl.core.manifest import (
     CHUNK_BYTES,
@@ -26,7 +26,9 @@ from sllmctl.core.manifest import (
 from sllmctl.core.oscalls import start_writeback
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.scan import scan_files
+from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
 from sllmctl.core.write.layout import ShardLayout, format_index, plan_shards
+from sllmctl.core.write.sllm_store_layout import format_sllm_index, plan_data_files
 from sllmctl.core.write.sources import FoundFile, Weights
 from sllmctl.core.write.target import Target
 from sllmctl.core.write.writer import plan_pieces, write_all, write_error, write_shards
@@ -49,6 +51,8 @@ class Recipe:
         max_shard_bytes: A shard is no larger, unless a single tensor is.
         force: Replace a checkpoint that is there.
         verify: Read the shards back from the disk.
+        format: Of the weights.
+        single_name: Name of a safetensors file that is the only one.
     """
 
     target: Path
@@ -58,6 +62,8 @@ class Recipe:
     max_shard_bytes: int
     force: bool
     verify: bool
+    format: Format = "safetensors"
+    single_name: str = SINGLE_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +104,7 @@ def assemble(
     started = time.perf_counter()
     handed_over = False
     try:
-        layouts = plan_shards(
-            weights.tensors,
-            aliases=weights.aliases,
-            metadata=weights.metadata,
-            max_shard_bytes=recipe.max_shard_bytes,
-        )
+        layouts, indexes = _plan(recipe, weights)
         with Target(recipe.target, fingerprint=recipe.fingerprint, force=recipe.force) as target:
             digests = {
                 layout.name: target.done[layout.name]
@@ -112,9 +113,7 @@ def assemble(
             }
             resumed = len(digests)
             to_write = [layout for layout in layouts if layout.name not in digests]
-            written = {**(files or {})}
-            if len(layouts) > 1:
-                written[INDEX_NAME] = format_index(layouts)
+            written = {**(files or {}), **indexes}
             others_bytes = sum(map(len, written.values())) + sum(file.size for file in copies)
             _require_space(
                 target.directory, sum(layout.size for layout in to_write) + others_bytes, recipe
@@ -154,6 +153,21 @@ def assemble(
             weights.close()
         raise
     return Assembled(manifest, write_s, verify_s, resumed)
+
+
+def _plan(recipe: Recipe, weights: Weights) -> tuple[list[ShardLayout], dict[str, bytes]]:
+    """Lay the weights out; also the index of the files by its name, if there is to be one."""
+    if recipe.format == "sllm-store":
+        layouts = plan_data_files(weights.tensors, max_shard_bytes=recipe.max_shard_bytes)
+        return layouts, {SLLM_INDEX_NAME: format_sllm_index(layouts, weights.aliases)}
+    layouts = plan_shards(
+        weights.tensors,
+        aliases=weights.aliases,
+        metadata=weights.metadata,
+        max_shard_bytes=recipe.max_shard_bytes,
+        single_name=recipe.single_name,
+    )
+    return layouts, {INDEX_NAME: format_index(layouts)} if len(layouts) > 1 else {}
 
 
 def read_back(

@@ -9,16 +9,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import xxhash
 
-from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.checkpoint import SINGLE_NAME, Format, open_checkpoint
 from sllmctl.core.dtypes import CAST_CODES
 from sllmctl.core.manifest import Manifest, Origin, read_manifest
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.assemble import Recipe, assemble
 from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
+from sllmctl.core.write.sllm_store_modules import complete_for_sllm_store
+from sllmctl.core.write.sllm_store_source import open_sllm_store_files
 from sllmctl.core.write.sources import (
     Listing,
     Weights,
@@ -31,6 +33,9 @@ from sllmctl.errors import CheckpointError, ConfigError
 
 KEEP = "keep"
 DTYPES = (KEEP, *CAST_CODES)
+FORMATS: tuple[Format, ...] = get_args(Format)
+ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _CONFIG_NAME = "config.json"
 _LAYOUT_VERSION = 1
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -72,6 +77,7 @@ def convert(
     target: Path,
     *,
     dtype: str = KEEP,
+    file_format: Format = "safetensors",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -91,6 +97,7 @@ def convert(
         target: Directory to make. Its parent directories are made too.
         dtype: ``keep``, or what tensors of the main floating dtype become: ``bfloat16``,
             ``float16``, ``float32``.
+        file_format: ``safetensors``, or ``sllm-store`` for those who run its server.
         max_shard_bytes: A shard is no larger, unless a single tensor is.
         include: Patterns of relative file names; only files that match take part.
         exclude: Patterns of relative file names that take no part.
@@ -111,6 +118,8 @@ def convert(
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise ConfigError(f"`{dtype}` is not a dtype to convert to", hint="; ".join(DTYPES))
+    if file_format not in FORMATS:
+        raise ConfigError(f"`{file_format}` is not a format to convert to", hint="; ".join(FORMATS))
     source = Path(source)
     origin = origin or Origin(path=os.path.realpath(source))
     _check_places(source, target)
@@ -121,12 +130,14 @@ def convert(
     listing = look()
     recipe = Recipe(
         target=target,
-        fingerprint=_fingerprint(listing, origin, dtype, max_shard_bytes),
+        fingerprint=_fingerprint(listing, origin, dtype, max_shard_bytes, file_format),
         origin=origin,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         force=force,
         verify=verify,
+        format=file_format,
+        single_name=_single_name(listing),
     )
     there = None if force else _find_same(recipe)
     if there is not None:
@@ -136,21 +147,26 @@ def convert(
     copies = list(listing.others)
     files_to_write: dict[str, bytes] = {}
     cast = None
-    if dtype != KEEP:
-        from sllmctl.core.write.cast import Cast
-        from sllmctl.core.write.float32 import kept_in_float32
+    warnings = [*listing.warnings, *weights.warnings]
+    try:
+        config = _read_config(listing) if dtype != KEEP or file_format == "sllm-store" else {}
+        if dtype != KEEP:
+            from sllmctl.core.write.cast import Cast
+            from sllmctl.core.write.float32 import kept_in_float32
 
-        try:
-            config = _read_config(listing)
             cast = Cast(weights, dtype, config, kept_in_float32(config, dtype))
-        except BaseException:
-            weights.close()
-            raise
-        weights = cast.weights
-        rewritten = cast.rewrite_config(config)
-        if rewritten is not None:
-            files_to_write[_CONFIG_NAME] = rewritten
-            copies = [file for file in copies if file.name != _CONFIG_NAME]
+            weights = cast.weights
+            rewritten = cast.rewrite_config(config)
+            if rewritten is not None:
+                files_to_write[_CONFIG_NAME] = rewritten
+                copies = [file for file in copies if file.name != _CONFIG_NAME]
+        if file_format == "sllm-store":
+            weights, module_files, notes = complete_for_sllm_store(weights, config)
+            files_to_write |= module_files
+            warnings += notes
+    except BaseException:
+        weights.close()
+        raise
 
     def check_source() -> None:
         if _stamps(look()) != _stamps(listing):
@@ -174,7 +190,7 @@ def convert(
         write_s=made.write_s,
         verify_s=made.verify_s,
         resumed=made.resumed,
-        warnings=(*listing.warnings, *weights.warnings, *(cast.warnings() if cast else ())),
+        warnings=(*warnings, *(cast.warnings() if cast else ())),
     )
 
 
@@ -183,6 +199,8 @@ def _open_weights(listing: Listing) -> Weights:
         from sllmctl.core.write.torch_files import open_torch_files
 
         return open_torch_files(listing)
+    if listing.kind == "sllm-store":
+        return open_sllm_store_files(listing)
     return open_safetensors(listing)
 
 
@@ -206,7 +224,15 @@ def _stamps(listing: Listing) -> dict[str, list[int]]:
     return dict(source_stamps(listing, with_times=True))
 
 
-def _fingerprint(listing: Listing, origin: Origin, dtype: str, max_shard_bytes: int) -> str:
+def _single_name(listing: Listing) -> str:
+    names = {file.name for file in listing.others}
+    # What PEFT looks for beside an adapter's configuration.
+    return ADAPTER_NAME if ADAPTER_CONFIG in names and _CONFIG_NAME not in names else SINGLE_NAME
+
+
+def _fingerprint(
+    listing: Listing, origin: Origin, dtype: str, max_shard_bytes: int, file_format: Format
+) -> str:
     """Identify a conversion by what it reads and what it makes of it."""
     # A commit says what the files hold; the times of a cache's copies say nothing.
     pinned = origin.hub is not None and bool(_COMMIT.fullmatch(origin.revision or ""))
@@ -217,6 +243,8 @@ def _fingerprint(listing: Listing, origin: Origin, dtype: str, max_shard_bytes: 
         "max_shard_bytes": max_shard_bytes,
         "files": source_stamps(listing, with_times=not pinned),
     }
+    if file_format != "safetensors":
+        document["format"] = file_format
     return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
 
 

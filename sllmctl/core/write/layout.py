@@ -55,6 +55,7 @@ def plan_shards(
     aliases: Mapping[str, str],
     metadata: Mapping[str, str],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    single_name: str = SINGLE_NAME,
 ) -> list[ShardLayout]:
     """Distribute tensors over shards and place them.
 
@@ -63,6 +64,7 @@ def plan_shards(
         aliases: Tied name to the name of a tensor that is stored.
         metadata: Goes into every shard.
         max_shard_bytes: A file is no larger, unless it holds a single tensor that is.
+        single_name: Name of the file if it is the only one.
 
     Returns:
         At least one shard, named as Hugging Face names them.
@@ -81,7 +83,7 @@ def plan_shards(
     groups = list(_fill(tensors, aliases_of, _text_bytes(shared), max_shard_bytes))
     shards = []
     for number, group in enumerate(groups, start=1):
-        name = SINGLE_NAME
+        name = single_name
         if len(groups) > 1:
             name = f"model-{number:05}-of-{len(groups):05}.safetensors"
         texts = dict(shared)

@@ -14,12 +14,15 @@ from sllmctl.core.checkpoint import (
     INDEX_SUFFIX,
     SUFFIX,
     find_shards,
+    holds_sllm_store,
     natural_key,
     open_shards,
 )
 from sllmctl.core.fileio import SourceFile
 from sllmctl.core.header import parse_index, shown
 from sllmctl.core.manifest import MANIFEST_NAME
+from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
+from sllmctl.core.sllm_store import MODULES_NAME, TIED_NAME, is_data_name
 from sllmctl.core.write.layout import TensorSpec
 from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import CheckpointError, CheckpointNotFound
@@ -29,6 +32,7 @@ OTHER_FORMATS = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
     *("*.onnx", "*.onnx_data", "*.gguf", "*.bin.index.json", "*.h5.index.json"),
     *("*.msgpack.index.json", "original/*", "onnx/*"),
+    *("tensor.data_*", SLLM_INDEX_NAME, MODULES_NAME, TIED_NAME),
 )
 """Weights in other formats, which stay behind unless ``--include`` names them."""
 
@@ -55,7 +59,7 @@ class Listing:
 
     Attributes:
         path: The directory.
-        kind: ``safetensors`` or ``torch``: the format of the weights.
+        kind: ``safetensors``, ``sllm-store`` or ``torch``: the format of the weights.
         weights: The weights' files, in natural order of their names.
         index: The weights' index, if they have one.
         others: What is copied byte for byte.
@@ -125,15 +129,11 @@ def list_source(
         and not _matches(file.name, exclude)
     }
     top = [name for name in found if "/" not in name]
-    kind = "safetensors"
-    try:
-        index_name, names = find_shards(path, top)
-    except CheckpointNotFound:
-        kind = "torch"
-        index_name, names = _find_torch_files(path, top)
+    kind, index_name, names = _find_weights(path, top)
     index = None
     if index_name is not None:
         index = found[index_name]
+    if index is not None and kind != "sllm-store":
         names = sorted(
             set(parse_index(_read(index.path), str(index.path)).values()), key=natural_key
         )
@@ -162,6 +162,16 @@ def list_source(
     return Listing(
         path, kind, tuple(found[name] for name in names), index, tuple(others), tuple(warnings)
     )
+
+
+def _find_weights(path: Path, names: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """Choose among the names in a directory: the format, its index, the weights' files."""
+    if holds_sllm_store(names):
+        return "sllm-store", SLLM_INDEX_NAME, sorted(filter(is_data_name, names), key=natural_key)
+    try:
+        return "safetensors", *find_shards(path, names)
+    except CheckpointNotFound:
+        return "torch", *_find_torch_files(path, names)
 
 
 def open_safetensors(listing: Listing) -> Weights:

@@ -23,10 +23,11 @@ from sllmctl.core.checkpoint import SUFFIX
 from sllmctl.core.fileio import errno_text
 from sllmctl.core.manifest import MANIFEST_NAME, ShardDigest
 from sllmctl.core.oscalls import exchange, rename_new, sync_directory
+from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
 from sllmctl.errors import CheckpointError, ConfigError
 
 _STATE_NAME = ".sllmctl-state"
-_MODEL_FILES = {MANIFEST_NAME, "config.json", "tokenizer_config.json"}
+_MODEL_FILES = {MANIFEST_NAME, SLLM_INDEX_NAME, "config.json", "tokenizer_config.json"}
 """A directory with one of these is a model's: a tokenizer may be saved before its weights."""
 _FORCE_HINT = "replace it with --force, or choose another place with --output"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,15 @@ class MemoryBytes:
         buffer.view[position : position + nbytes] = self.data[offset : offset + nbytes]
 
 
+@dataclass(frozen=True, slots=True)
+class ZeroBytes:
+    """Padding."""
+
+    def read_into(self, offset: int, buffer: Buffer, position: int, nbytes: int) -> None:
+        """Fill ``nbytes`` of a buffer from ``position`` on with zeros."""
+        ctypes.memset(buffer.address + position, 0, nbytes)
+
+
 class Piece(NamedTuple):
     """A run of bytes of a file to be written, and where they come from."""
 
@@ -56,20 +66,28 @@ class Piece(NamedTuple):
 def plan_pieces(layout: ShardLayout, sources: Mapping[str, tuple[ByteSource, int]]) -> list[Piece]:
     """List what makes up a shard, in file order; neighbours in one source become one piece.
 
+    What lies between tensors, and behind the last, becomes zero.
+
     Args:
         layout: The shard.
         sources: For each tensor, the source of its bytes and the offset of the first.
     """
     pieces = [Piece(0, len(layout.header), MemoryBytes(layout.header), 0)]
+    end = len(layout.header)
     for entry in layout.entries:
         if entry.nbytes == 0:
             continue
+        if entry.offset > end:
+            pieces.append(Piece(end, entry.offset - end, ZeroBytes(), 0))
+        end = entry.offset + entry.nbytes
         source, offset = sources[entry.name]
         last = pieces[-1]
         if last.source is source and last.offset + last.nbytes == offset:
             pieces[-1] = last._replace(nbytes=last.nbytes + entry.nbytes)
         else:
             pieces.append(Piece(entry.offset, entry.nbytes, source, offset))
+    if layout.size > end:
+        pieces.append(Piece(end, layout.size - end, ZeroBytes(), 0))
     return pieces
 
 
