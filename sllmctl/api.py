@@ -180,6 +180,7 @@ def run_conversion(
     from sllmctl.core.manifest import Origin
     from sllmctl.core.places import find_source
     from sllmctl.core.write.convert import convert as convert_directory
+    from sllmctl.core.write.sllm_store_ranks import convert_ranks, is_rank_save
 
     place = find_source(source)
     target = place.target(output, storage_path)
@@ -200,7 +201,8 @@ def run_conversion(
             f"`{source}` is a local path, and has no revision `{revision}`",
             hint="leave out the revision, or give a model's name on a hub",
         )
-    return convert_directory(
+    run = convert_ranks if is_rank_save(path) else convert_directory
+    return run(
         path,
         target,
         dtype=dtype,

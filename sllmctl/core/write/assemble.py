@@ -119,7 +119,7 @@ def assemble(
                 target.directory, sum(layout.size for layout in to_write) + others_bytes, recipe
             )
             others = [_write_file(target.directory, *item) for item in written.items()]
-            others += [_copy_file(target.directory, file) for file in copies]
+            others += [copy_file(target.directory, file) for file in copies]
 
             def on_written(digest: ShardDigest) -> None:
                 target.record(digest)
@@ -241,8 +241,13 @@ def _write_file(directory: Path, name: str, data: bytes) -> FileDigest:
     return FileDigest(name, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def _copy_file(directory: Path, file: FoundFile) -> FileDigest:
-    """Copy a file of any size and make it durable; digest it on the way."""
+def copy_file(directory: Path, file: FoundFile) -> FileDigest:
+    """Copy a file of any size and make it durable; digest it on the way.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        ReadError: It cannot be read.
+    """
     path = directory / file.name
     hasher = xxhash.xxh3_128()
     source = SourceFile(file.path)

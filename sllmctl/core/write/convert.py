@@ -122,7 +122,7 @@ def convert(
         raise ConfigError(f"`{file_format}` is not a format to convert to", hint="; ".join(FORMATS))
     source = Path(source)
     origin = origin or Origin(path=os.path.realpath(source))
-    _check_places(source, target)
+    check_places(source, target)
 
     def look() -> Listing:
         return list_source(source, include=include, exclude=exclude, files=files)
@@ -204,7 +204,7 @@ def _open_weights(listing: Listing) -> Weights:
     return open_safetensors(listing)
 
 
-def _check_places(source: Path, target: Path) -> None:
+def check_places(source: Path, target: Path) -> None:
     """Refuse a target that is the source, or in it, or around it."""
     inside, outside = Path(os.path.realpath(source)), Path(os.path.realpath(target))
     if inside == outside:

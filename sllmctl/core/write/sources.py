@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -172,6 +172,35 @@ def _find_weights(path: Path, names: Sequence[str]) -> tuple[str, str | None, li
         return "safetensors", *find_shards(path, names)
     except CheckpointNotFound:
         return "torch", *_find_torch_files(path, names)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory itself holds weights in any format."""
+    try:
+        _find_weights(path, [entry.name for entry in path.iterdir()])
+    except CheckpointNotFound:
+        return False
+    return True
+
+
+def list_beside(
+    path: Path, *, without: Collection[str], include: Sequence[str], exclude: Sequence[str]
+) -> list[FoundFile]:
+    """List what is copied byte for byte from a directory that itself has no weights.
+
+    Args:
+        path: The directory.
+        without: Names of its subdirectories that take no part.
+        include, exclude: As `list_source` takes them.
+    """
+    return [
+        file
+        for file in _walk(path, [])
+        if file.name.partition("/")[0] not in without
+        and (not include or _matches(file.name, include))
+        and not _matches(file.name, (*exclude, *OTHER_FORMATS))
+        and not file.outside
+    ]
 
 
 def open_safetensors(listing: Listing) -> Weights:
