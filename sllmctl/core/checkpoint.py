@@ -97,7 +97,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensor data is read.
 
     Raises:
-        CheckpointNotFound: There is no such path, or no safetensors file in it.
+        CheckpointNotFound: There is no such path, or no safetensors file in it, or none of those
+            that its index names.
         CheckpointError: The checkpoint is damaged, hostile or incomplete.
     """
     path = Path(path)
@@ -128,6 +129,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"cannot read `{index_path}`: {exc.strerror}") from exc
     weight_map = parse_index(raw, str(index_path))
     names = sorted(set(weight_map.values()), key=natural_key)
+    if not any(os.path.lexists(path / name) for name in names):
+        raise CheckpointNotFound(
+            f"no checkpoint in `{path}`: none of the {len(names)} files that `{index_name}` names",
+            hint="the download or copy is incomplete",
+        )
     return open_shards(path, names, (index_name, weight_map), manifest=manifest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import logging
@@ -16,19 +17,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
-from sllmctl.errors import ConfigError, StoreError
-from sllmctl.store.connection import Connection
-from sllmctl.store.filler import identify
+from sllmctl.errors import CheckpointError, ConfigError, StoreError
+from sllmctl.store.backing import choose_backing
+from sllmctl.store.files import open_named
 from sllmctl.store.keeper import Keeper
+from sllmctl.store.lookups import Lookups
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import Message, close_fds
+from sllmctl.store.protocol import Message
 from sllmctl.store.service import Service, Settings
+from sllmctl.store.session import Session
 
 log = logging.getLogger(__name__)
 _REAP_EVERY_S = 0.5
 _BACKLOG = 1024
 _ACCEPT_PAUSE_S = 1.0
 _ANSWER_S = 5.0
+_PR_SET_DUMPABLE = 4
 
 
 class Daemon:
@@ -36,13 +40,12 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._connections: set[Connection] = set()
+        self._sessions: set[Session] = set()
         self._loop = asyncio.new_event_loop()
         self._stop = threading.Event()
-        self.keeper = Keeper(
-            Pool(settings.pool_bytes, settings.segment_bytes), self._call_soon, settings.threads
-        )
-        self.service = Service(settings, self.keeper)
+        pool = Pool(settings.pool_bytes, settings.segment_bytes, choose_backing)
+        self.keeper = Keeper(pool, self._call_soon, settings.threads)
+        self.service = Service(settings, self.keeper, Lookups(self._loop))
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT; ``ready`` is called when clients can come.
@@ -53,6 +56,7 @@ class Daemon:
         """
         asyncio.set_event_loop(self._loop)
         _raise_descriptor_limit()
+        _hide_memory()
         lock = lock_socket(self.settings.socket_path)
         listener = listen(self.settings.socket_path, self.settings.group)
         bound = self.settings.socket_path.stat().st_ino
@@ -83,8 +87,8 @@ class Daemon:
             with suppress(OSError):
                 if self.settings.socket_path.stat().st_ino == bound:
                     self.settings.socket_path.unlink()
-            for connection in list(self._connections):
-                self._loop.call_soon(connection.end)
+            for session in list(self._sessions):
+                self._loop.call_soon(session.end)
             self._loop.call_soon(self._loop.stop)
             self._loop.run_forever()
             self.keeper.close()
@@ -99,8 +103,8 @@ class Daemon:
 
     def _preload(self, name: str) -> None:
         try:
-            shards, fds = self.service.open_model(name)
-        except StoreError as exc:
+            files = open_named(self.settings.storage, name)
+        except (StoreError, CheckpointError) as exc:
             raise ConfigError(f"cannot preload `{name}`: {exc}", hint=exc.hint) from exc
 
         def settled(_: str | None) -> None:
@@ -108,19 +112,12 @@ class Daemon:
 
         try:
             lease = self.keeper.attach(
-                name,
-                shards,
-                fds,
-                identify(fds),
-                pid=os.getpid(),
-                arrived=lambda _: None,
-                settled=settled,
-                trusted_name=True,
+                files, pid=os.getpid(), arrived=lambda _: None, settled=settled
             )
             if lease not in lease.model.waiting:
                 settled(None)
         finally:
-            close_fds(fds)
+            files.close()
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -133,7 +130,7 @@ class Daemon:
                     _ACCEPT_PAUSE_S, self._loop.add_reader, listener, self._accept, listener
                 )
             return
-        self._connections.add(Connection(self.service, sock, self._connections.discard))
+        self._sessions.add(Session(self.service, sock, self._sessions.discard))
 
     def _reap(self) -> None:
         self.keeper.pool.reap()
@@ -172,14 +169,14 @@ def lock_socket(path: Path) -> int:
 
 
 def listen(path: Path, group: int | None) -> socket.socket:
-    """Listen at a path; a socket that nobody serves any more is replaced.
+    """Listen at a path whose lock we have; a socket is there of a store that was killed.
 
     Raises:
-        StoreError: Somebody serves it, or it cannot be made.
+        StoreError: It cannot be made.
     """
     try:
         if path.is_socket():
-            _replace_stale(path)
+            path.unlink()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
         try:
@@ -205,16 +202,9 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _replace_stale(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except FileNotFoundError:
-            return
-    raise StoreError(
-        f"a store serves `{path}` already", hint="`sllmctl status` shows it; or give --socket"
-    )
+def _hide_memory() -> None:
+    """Keep processes of the same user from our descriptors and memory, and a dump from the disk.
+
+    Source: prctl(2), PR_SET_DUMPABLE; ptrace(2), access mode checking.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

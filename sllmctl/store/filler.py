@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sllmctl.errors import SllmError
-from sllmctl.native import Extent, Job, Segment
+from sllmctl.native import Extent, Job, Progress, Segment
+from sllmctl.store.files import identify
 from sllmctl.store.residency import Identity, Piece
 
 CHUNK_BYTES = 8 * 2**20
@@ -33,12 +34,6 @@ class Filling:
     threads: int
 
 
-def identify(fds: Sequence[int]) -> Identity:
-    """What makes these files these and no others."""
-    stamps = [os.fstat(fd) for fd in fds]
-    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps)
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a filling ended.
@@ -52,14 +47,16 @@ class Outcome:
     stuck: bool = False
 
 
-def fill(
-    work: Filling, full: Callable[[list[Piece]], None], stopped: Callable[[], bool]
-) -> Outcome:
+Full = Callable[[list[Piece], Progress], None]
+"""Called with parts whose segments hold all their bytes, and how far the whole filling is."""
+
+
+def fill(work: Filling, full: Full, stopped: Callable[[], bool]) -> Outcome:
     """Read every part; runs on a thread of its own.
 
     Args:
         work: What to read.
-        full: Called with parts whose segments hold all their bytes.
+        full: Called from this thread.
         stopped: Asked a hundred times a second; true ends the work.
 
     Returns:
@@ -93,7 +90,7 @@ def _follow(
     job: Job,
     work: Filling,
     chunks: Sequence[int],
-    full: Callable[[list[Piece]], None],
+    full: Full,
     stopped: Callable[[], bool],
 ) -> str | None:
     """Tell of full segments until the job ends; or why it does not come to that."""
@@ -101,7 +98,7 @@ def _follow(
     starts = [sum(chunks[:number]) for number in waiting]
     finished = False
     while not finished:
-        finished, _ = job.wait(_POLL_MS)
+        finished, progress = job.wait(_POLL_MS)
         if stopped():
             return "the store is going down"
         if finished and identify([fd for fd, _ in work.files]) != work.identity:
@@ -112,7 +109,7 @@ def _follow(
             for number in waiting
             if all(done[starts[number] : starts[number] + chunks[number]])
         ]
-        if arrived:
+        if arrived or finished:
             waiting = [number for number in waiting if number not in arrived]
-            full([work.parts[number][0] for number in arrived])
+            full([work.parts[number][0] for number in arrived], progress)
     return None

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from sllmctl.errors import StoreError
-from sllmctl.native import Segment
+from sllmctl.native import Progress, Segment
+from sllmctl.store.files import ModelFiles
 from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.pool import Pool
 from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_victims
@@ -20,15 +21,36 @@ log = logging.getLogger(__name__)
 _FILLERS = 16
 
 
+LOAD_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Durations: how many took no longer than each bound, their sum, and their number."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * len(LOAD_SECONDS))
+    sum: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        for number, bound in enumerate(LOAD_SECONDS):
+            self.counts[number] += seconds <= bound
+        self.sum += seconds
+        self.count += 1
+
+
 @dataclass(slots=True)
 class Counters:
     """What the store did since its start."""
 
     loads: int = 0
     bytes_disk: int = 0
+    bytes_cache: int = 0
     bytes_warm: int = 0
     evictions: int = 0
     errors: int = 0
+    load_seconds: Histogram = field(default_factory=Histogram)
 
 
 @dataclass(slots=True)
@@ -53,46 +75,64 @@ class Keeper:
 
     def attach(
         self,
-        name: str,
-        shards: Sequence[tuple[str, int]],
-        fds: Sequence[int],
-        identity: Identity,
+        files: ModelFiles,
         *,
         pid: int,
         arrived: Callable[[list[Piece]], None],
         settled: Callable[[str | None], None],
-        trusted_name: bool = False,
     ) -> Lease:
         """Give a client a lease on a model, and start to fill what is missing and has room.
 
-        The descriptors stay the caller's. Parts that are warm already are not announced: see
-        ``lease.model.warm``.
+        Args:
+            files: The model's; they stay the caller's.
+            pid: Of the client.
+            arrived: Called with parts as they become warm. Those that are already, are not
+                announced: see ``lease.model.warm``.
+            settled: Called when all have that will, unless the lease is not ``waiting``.
         """
-        model = self.models.get(identity)
+        model = self.models.get(files.identity)
         if model is None:
-            model = StoredModel(identity, name, tuple(shards), self.pool.segment_bytes)
-            self.models[identity] = model
-        elif trusted_name:
-            model.name = name
-        if trusted_name:
+            model = StoredModel(files.identity, files.name, files.shards, self.pool.segment_bytes)
+            self.models[files.identity] = model
+        if files.named:
             for other in self.models.values():
-                if other is not model and other.name == name:
-                    other.pinned = False  # the checkpoint was replaced: its pin goes with the name
-        now = time.monotonic()
-        model.last_used_s = now
-        lease = Lease(model, pid, now, arrived, settled)
-        model.leases.add(lease)
-        self.counters.loads += 1
-        self.counters.bytes_warm += model.warm_bytes
+                if other is not model and other.named and other.name == files.name:
+                    # The checkpoint was replaced: its pin goes with its name.
+                    other.named = other.pinned = False
+            model.name, model.named = files.name, True
+        lease = self.lease(model, pid=pid, arrived=arrived, settled=settled)
         try:
             if not model.filling:
-                self._fill(model, fds)
+                self._fill(model, files.fds)
         except BaseException:
             self.release(lease)
             raise
         if model.filling:
             model.waiting.add(lease)
         return lease
+
+    def lease(
+        self,
+        model: StoredModel,
+        *,
+        pid: int,
+        arrived: Callable[[list[Piece]], None],
+        settled: Callable[[str | None], None],
+    ) -> Lease:
+        """Give a client a lease on what the store has of a model."""
+        now = time.monotonic()
+        model.last_used_s = now
+        lease = Lease(model, pid, now, arrived, settled)
+        model.leases.add(lease)
+        if model.filling:
+            model.waiting.add(lease)
+        self.counters.loads += 1
+        self.counters.bytes_warm += model.warm_bytes
+        return lease
+
+    def find(self, name: str) -> StoredModel | None:
+        """The model that has this name below the storage path, if the store holds any of it."""
+        return next((m for m in self.models.values() if m.named and m.name == name), None)
 
     def release(self, lease: Lease) -> None:
         """The client is gone, or done."""
@@ -152,11 +192,11 @@ class Keeper:
                 threads=self.threads,
             )
 
-            def full(pieces: list[Piece]) -> None:
+            def full(pieces: list[Piece], progress: Progress) -> None:
                 for piece in pieces:
-                    self.pool.wipe_after(*parts[piece])
+                    self.pool.complete(*parts[piece])
                 arrived = [(used[number], index) for number, index in pieces]
-                self.call_soon(lambda: self._arrived(model, arrived))
+                self.call_soon(lambda: self._arrived(model, arrived, progress))
 
             def run() -> None:
                 try:
@@ -175,6 +215,7 @@ class Keeper:
             raise
         # Messages of the filler come to this thread, and so after this.
         model.coming, model.filling = taken, True
+        model.disk_bytes = model.cache_bytes = 0
 
     def _make_room(self, model: StoredModel, count: int) -> list[Segment]:
         short = count - self.pool.available()
@@ -184,10 +225,12 @@ class Keeper:
             self._forget_if_empty(victim)
         return self.pool.obtain(count)
 
-    def _arrived(self, model: StoredModel, pieces: list[Piece]) -> None:
+    def _arrived(self, model: StoredModel, pieces: list[Piece], progress: Progress) -> None:
         for piece in pieces:
             model.warm[piece] = model.coming.pop(piece)
-            self.counters.bytes_disk += model.piece_bytes(piece)
+        self.counters.bytes_disk += progress.bytes_disk - model.disk_bytes
+        self.counters.bytes_cache += progress.bytes_cache - model.cache_bytes
+        model.disk_bytes, model.cache_bytes = progress.bytes_disk, progress.bytes_cache
         for lease in list(model.waiting):
             lease.arrived(pieces)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 from sllmctl.core.units import format_size
 from sllmctl.errors import ConfigError, HostMemoryError
 from sllmctl.native import Segment
+from sllmctl.store.backing import Backing, memory_files
 
 MIB = 2**20
 MIN_SEGMENT_BYTES = 2 * MIB
@@ -28,10 +30,23 @@ class Pool:
     """Segments that are free, given out, or orphaned: evicted, but still seen by some process.
 
     Never more than the budget exists at a time, orphans included. Calls are of one thread, but
-    for `prefault`.
+    for `prefault` and `complete`.
+
+    Args:
+        pool_bytes: The budget.
+        segment_bytes: Size of a segment, a multiple of 2 MiB.
+        choose: Says what segments are made of, told the whole segments' bytes and one's.
+
+    Raises:
+        ConfigError: The sizes make no sense.
     """
 
-    def __init__(self, pool_bytes: int, segment_bytes: int) -> None:
+    def __init__(
+        self,
+        pool_bytes: int,
+        segment_bytes: int,
+        choose: Callable[[int, int], Backing] = memory_files,
+    ) -> None:
         if segment_bytes % MIN_SEGMENT_BYTES or segment_bytes <= 0:
             raise ConfigError(
                 f"a segment of {format_size(segment_bytes)} is no multiple of 2 MiB",
@@ -45,6 +60,7 @@ class Pool:
                 f"{format_size(segment_bytes)}",
                 hint="use a larger --mem-pool-size or a smaller --segment-size",
             )
+        self.backing = choose(self.bytes, segment_bytes)
         self._changed = threading.Condition()
         self._free: list[Segment] = []
         self._orphans: list[Segment] = []
@@ -54,13 +70,6 @@ class Pool:
         self._used: set[Segment] = set()  # those that held a model before
         self._in_hand = False  # the prefaulter has one that is neither free nor given out
         self._wanted = False  # and is asked for it
-        first = self._make()
-        if not first.recyclable:
-            raise ConfigError(
-                "this kernel does not tell who still holds a piece of memory",
-                hint="the store takes Linux 5.3 or later, with file leases",
-            )
-        self._free.append(first)
 
     @property
     def bytes(self) -> int:
@@ -112,9 +121,19 @@ class Pool:
         return segments
 
     def release(self, segment: Segment) -> None:
-        """Take a segment back; it is free once nobody sees it."""
+        """Take a segment back; it is free once nobody sees it.
+
+        Where the kernel does not tell, its memory ends with whoever sees it last, and another
+        takes its place.
+        """
         self._used.add(segment)
-        if segment.held:
+        if not segment.recyclable:
+            with self._changed:
+                self._all.remove(segment)
+                self._used.discard(segment)
+                self._warm.discard(segment)
+            segment.close()
+        elif segment.held:
             self._orphans.append(segment)
         else:
             with self._changed:
@@ -130,10 +149,14 @@ class Pool:
         for segment in orphans:
             self.release(segment)
 
-    def wipe_after(self, segment: Segment, nbytes: int) -> None:
-        """Leave nothing of an earlier model behind the bytes of a part that is shorter."""
+    def complete(self, segment: Segment, nbytes: int) -> None:
+        """Make a filled segment ready to be given out; for any thread.
+
+        Nothing of an earlier model is left behind the bytes of a part that is shorter.
+        """
         if segment in self._used and nbytes < self.segment_bytes:
             ctypes.memset(segment.address + nbytes, 0, self.segment_bytes - nbytes)
+        segment.complete()
 
     def prefault(self, stop: threading.Event) -> None:
         """Supply the pages of every segment, in the background; ends early with ``stop``.
@@ -179,6 +202,6 @@ class Pool:
                 self._changed.notify_all()
 
     def _make(self) -> Segment:
-        segment = Segment(self.segment_bytes)
+        segment = self.backing.make(self.segment_bytes)
         self._all.append(segment)
         return segment

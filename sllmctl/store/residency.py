@@ -40,11 +40,14 @@ class StoredModel:
     Attributes:
         identity: What makes it this model and no other.
         name: The client's label, or the name below the storage path.
+        named: It is the name below the storage path, and may be asked for by it.
         shards: Name and size in bytes of each file.
         segment_bytes: Size of a whole segment.
         warm: Segments that hold their bytes.
         coming: Segments that are being filled.
         filling: A filler is at work; it says so when it has ended, after its last segment.
+        disk_bytes: What the last filling read from disk,
+        cache_bytes: and what it found in the page cache.
         leases: Connections that use it.
         waiting: Those of them that are told what arrives.
         pinned: Stays until it is evicted by hand.
@@ -55,9 +58,12 @@ class StoredModel:
     name: str
     shards: tuple[tuple[str, int], ...]
     segment_bytes: int
+    named: bool = False
     warm: dict[Piece, Segment] = field(default_factory=dict)
     coming: dict[Piece, Segment] = field(default_factory=dict)
     filling: bool = False
+    disk_bytes: int = 0
+    cache_bytes: int = 0
     leases: set[Lease] = field(default_factory=set)
     waiting: set[Lease] = field(default_factory=set)
     pinned: bool = False

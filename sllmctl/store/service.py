@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.errors import CheckpointError, StoreError
-from sllmctl.store.keeper import Keeper
-from sllmctl.store.protocol import MAX_SHARDS, Message, close_fds
-
-PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+from sllmctl.errors import StoreError
+from sllmctl.store.keeper import LOAD_SECONDS, Keeper
+from sllmctl.store.lookups import Lookups
+from sllmctl.store.protocol import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +42,10 @@ class Settings:
 class Service:
     """The keeper's state as clients see it, and the rules of who may ask for what."""
 
-    def __init__(self, settings: Settings, keeper: Keeper) -> None:
+    def __init__(self, settings: Settings, keeper: Keeper, lookups: Lookups) -> None:
         self.settings = settings
         self.keeper = keeper
+        self.lookups = lookups
         self._started_s = time.monotonic()
 
     def status(self) -> Message:
@@ -70,7 +69,8 @@ class Service:
                 "leased_bytes": sum(len(m.warm) for m in models if m.leases) * pool.segment_bytes,
                 "orphaned_bytes": pool.orphaned_bytes,
                 "segment_bytes": pool.segment_bytes,
-                "page_bytes": PAGE_BYTES,
+                "page_bytes": pool.backing.page_bytes,
+                "backing": pool.backing.kind,
                 "locked": pool.locked,
                 "prefaulted_bytes": pool.prefaulted_bytes,
             },
@@ -93,9 +93,16 @@ class Service:
             "counters": {
                 "loads": keeper.counters.loads,
                 "bytes_disk": keeper.counters.bytes_disk,
+                "bytes_cache": keeper.counters.bytes_cache,
                 "bytes_warm": keeper.counters.bytes_warm,
                 "evictions": keeper.counters.evictions,
                 "errors": keeper.counters.errors,
+                "load_seconds": {
+                    "bounds": list(LOAD_SECONDS),
+                    "counts": list(keeper.counters.load_seconds.counts),
+                    "sum": keeper.counters.load_seconds.sum,
+                    "count": keeper.counters.load_seconds.count,
+                },
             },
         }
 
@@ -111,33 +118,3 @@ class Service:
             f"user {uid} may attach files, and not use names",
             hint="run the command as the user who runs the store",
         )
-
-    def open_model(self, name: str) -> tuple[list[tuple[str, int]], list[int]]:
-        """Open the shards of a model below the storage path; the caller closes them.
-
-        Raises:
-            StoreError: There is none, or the name leads out of the storage path.
-        """
-        root = Path(os.path.realpath(self.settings.storage))
-        path = Path(os.path.realpath(root / name)) if "\0" not in name else root
-        if not name or Path(name).is_absolute() or path == root or root not in path.parents:
-            raise StoreError(f"`{name}` is no name of a model below `{self.settings.storage}`")
-        try:
-            checkpoint = open_checkpoint(path)
-        except CheckpointError as exc:
-            raise StoreError(str(exc), hint=exc.hint) from exc
-        shards, fds = [], []
-        try:
-            for shard in checkpoint.shards[:MAX_SHARDS]:
-                real = Path(os.path.realpath(shard.path))
-                if root not in real.parents:
-                    raise StoreError(f"`{shard.path}` leads out of `{self.settings.storage}`")
-                fds.append(os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
-                shards.append((shard.path.name, os.fstat(fds[-1]).st_size))
-        except OSError as exc:
-            close_fds(fds)
-            raise StoreError(f"cannot open `{exc.filename}`: {exc.strerror}") from exc
-        except BaseException:
-            close_fds(fds)
-            raise
-        return shards, fds

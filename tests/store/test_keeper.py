@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sllmctl.errors import ReadError
-from sllmctl.store.filler import identify
+from sllmctl.store.files import ModelFiles, take_files
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
 from sllmctl.store.residency import Lease
@@ -37,19 +37,15 @@ class Held:
 
 
 def attach(keeper: Keeper, path: Path) -> Lease:
-    fd = os.open(path, os.O_RDONLY)
+    files = files_of(path)
     try:
-        return keeper.attach(
-            path.name,
-            [(path.name, path.stat().st_size)],
-            [fd],
-            identify([fd]),
-            pid=1,
-            arrived=lambda _: None,
-            settled=lambda _: None,
-        )
+        return keeper.attach(files, pid=1, arrived=lambda _: None, settled=lambda _: None)
     finally:
-        os.close(fd)
+        files.close()
+
+
+def files_of(path: Path) -> ModelFiles:
+    return take_files(path.parent, path.name, [path.name], [os.open(path, os.O_RDONLY)])
 
 
 def test_an_attach_between_the_last_segment_and_the_end_of_its_filler_starts_no_second_one(
@@ -87,25 +83,16 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept_whole(tmp_path: Path) 
     path.write_bytes(bytes(SEGMENT))
     held = Held()
     keeper = Keeper(Pool(4 * SEGMENT, SEGMENT), held.call_soon)
-    fd = os.open(path, os.O_RDONLY)
-    identity = identify([fd])
+    files = files_of(path)
     os.utime(path, ns=(1, 1))
     reasons: list[str | None] = []
-    lease = keeper.attach(
-        "m",
-        [("m", SEGMENT)],
-        [fd],
-        identity,
-        pid=1,
-        arrived=lambda _: None,
-        settled=reasons.append,
-    )
+    lease = keeper.attach(files, pid=1, arrived=lambda _: None, settled=reasons.append)
     while lease.model.filling:
         held.deliver()
     assert reasons == ["the files changed while they were read"]
     assert lease.model.warm == {}
     assert keeper.pool.available() == 4
-    os.close(fd)
+    files.close()
     keeper.close()
 
 

@@ -63,7 +63,7 @@ def test_nothing_of_an_earlier_model_is_left_behind_a_shorter_part() -> None:
     pool.release(segment)
     (again,) = pool.obtain(1)
     ctypes.memset(again.address, 1, 1000)
-    pool.wipe_after(again, 1000)
+    pool.complete(again, 1000)
     held = ctypes.string_at(again.address, SEGMENT)
     assert held == b"\1" * 1000 + bytes(SEGMENT - 1000)
 

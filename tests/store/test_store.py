@@ -247,7 +247,7 @@ class TestCommands:
         assert (model["name"], model["pinned"], model["state"]) == ("org/model", True, "warm")
         assert set(status["pool"]) == {  # type: ignore[index]
             *("bytes", "used_bytes", "pinned_bytes", "leased_bytes", "orphaned_bytes"),
-            *("segment_bytes", "page_bytes", "locked", "prefaulted_bytes"),
+            *("segment_bytes", "page_bytes", "backing", "locked", "prefaulted_bytes"),
         }
         assert sllmctl_json("evict", "org/model")["bytes"] == row["bytes"]  # type: ignore[index]
         assert sllmctl_json("status")["models"] == []  # type: ignore[index]
@@ -424,6 +424,7 @@ class TestHostileClients:
         reader, writer = os.pipe()
         with StoreClient(store.socket) as client:
             client.send_shards(["pipe"], [reader])
+            client.send({"op": "attach", "label": "pipe"})
             with pytest.raises(StoreError, match="regular file"):
                 client.receive()
         os.close(reader)

@@ -1,0 +1,79 @@
+"""Questions to a disk, asked on threads of their own: a disk that hangs holds up nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
+
+from sllmctl.errors import StoreError
+
+DEADLINE_S = 20.0
+MAX_WAITING = 64
+
+T = TypeVar("T")
+
+
+class Lookups:
+    """Runs what may wait for a disk, and brings the answer to the loop's thread by a deadline."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.waiting = 0
+
+    def start(
+        self,
+        work: Callable[[], T],
+        done: Callable[[Future[T]], None],
+        discard: Callable[[T], None],
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        """Run ``work`` on a thread, then ``done`` with its outcome on the loop's.
+
+        Args:
+            work: May block for ever.
+            done: Called once, with what ``work`` returned or raised, or the missed deadline.
+            discard: Called with what ``work`` returned after the deadline.
+            deadline_s: How long to wait.
+
+        Raises:
+            StoreError: Too many wait already.
+        """
+        if self.waiting >= MAX_WAITING:
+            raise StoreError(
+                f"{self.waiting} requests wait for a disk that does not answer",
+                hint="look at `dmesg` and the mounts of the machine that runs the store",
+            )
+        self.waiting += 1
+        outcome: Future[T] = Future()
+        missed = False
+
+        def run() -> None:
+            # Not an executor's thread: the interpreter would wait for it at its end.
+            try:
+                outcome.set_result(work())
+            except Exception as exc:
+                outcome.set_exception(exc)
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(ended)
+
+        def ended() -> None:
+            self.waiting -= 1
+            if not missed:
+                timer.cancel()
+                done(outcome)
+            elif outcome.exception() is None:
+                discard(outcome.result())
+
+        def miss() -> None:
+            nonlocal missed
+            missed = True
+            late: Future[T] = Future()
+            late.set_exception(StoreError(f"the disk has not answered for {deadline_s:.0f} s"))
+            done(late)
+
+        timer = self._loop.call_later(deadline_s, miss)
+        threading.Thread(target=run, name="sllm-lookup", daemon=True).start()
