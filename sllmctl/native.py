@@ -7,8 +7,9 @@ Handles end when the last reference goes; what a failing call says becomes an ex
 from __future__ import annotations
 
 import os
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +40,9 @@ _HINTS: dict[int, str] = {
     lib.SLLM_E_TRUNCATED: "the file is shorter than its header says: copy or convert it again",
     lib.SLLM_E_CHANGED: "replace checkpoints by rename, never in place, and load again",
     lib.SLLM_E_NOMEM: "free some memory, or raise the limit of the process or its container",
+    lib.SLLM_E_NO_DEVICE: "run `sllmctl doctor`: it says what a device lacks here",
+    lib.SLLM_E_DEVICE: "run `sllmctl doctor`: it looks at device, driver and runtime library",
+    lib.SLLM_E_FORKED: "start worker processes with `spawn`, and open devices in them",
     lib.SLLM_E_TIMEOUT: "the disk or its server does not answer: look at `dmesg` and the mount",
 }
 
@@ -295,6 +299,124 @@ class Ring:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Gather:
+    """Strided slices of host memory, copied to a device through a ring.
+
+    What a tensor-parallel rank needs of a weight moves, and nothing else; and no memory but the
+    ring's ever takes part in a device's copy. It works on the calling thread, which has the device
+    as its current one, and never changes that.
+
+    Args:
+        device: Where the slices go.
+        ring: Of the same backend; no job and no other gather uses it meanwhile.
+        stream: The stream to copy on, as the runtime has it: torch's ``npu_stream`` or
+            ``cuda_stream``. Copies come after the work that is in it, and before what comes later.
+            0 for a stream of the gather's own.
+
+    Raises:
+        NativeError: The thread is on another device, or the ring of another backend.
+        DeviceError: The runtime refused.
+    """
+
+    __slots__ = ("__weakref__", "_end", "_handle")
+
+    def __init__(self, device: Device, ring: Ring, *, stream: int = 0) -> None:
+        out, error = ffi.new("sllm_gather **"), ffi.new("sllm_error *")
+        _check(lib.sllm_gather_open(device._handle, ring._handle, stream, out, error), error)
+        self._handle = out[0]
+        self._end = weakref.finalize(self, _end_gather, self._handle)
+
+    def copy(
+        self,
+        target: int,
+        source: int,
+        *,
+        rows: int,
+        row_bytes: int,
+        source_stride_bytes: int,
+        timeout_s: float = 60,
+    ) -> None:
+        """Start the copy of a slice; rows lie without gaps on the device.
+
+        Args:
+            target: Device address of the first row.
+            source: Host address of the first row; free again when this returns.
+            rows: How many.
+            row_bytes: Length of each.
+            source_stride_bytes: From one row's start to the next one's.
+            timeout_s: Without a free slot for so long, the device has stalled.
+
+        Raises:
+            DeviceError: The runtime refused, or stalled.
+            NativeError: It is no slice.
+        """
+        error = ffi.new("sllm_error *")
+        address = ffi.cast("void *", source)
+        _wait_in_slices(
+            lambda timeout_ms: lib.sllm_gather_copy(
+                self._handle,
+                target,
+                address,
+                rows,
+                row_bytes,
+                source_stride_bytes,
+                timeout_ms,
+                error,
+            ),
+            timeout_s,
+            error,
+        )
+
+    def synchronize(self, timeout_s: float = 60) -> None:
+        """Wait until every slice is on the device.
+
+        Raises:
+            DeviceError: A copy failed, or the device has stalled for ``timeout_s``.
+        """
+        error = ffi.new("sllm_error *")
+        _wait_in_slices(
+            lambda timeout_ms: lib.sllm_gather_synchronize(self._handle, timeout_ms, error),
+            timeout_s,
+            error,
+        )
+
+    def close(self) -> bool:
+        """End it, after the copies under way.
+
+        Returns:
+            Whether it ended within 0.3 s. If not, the ring stays until the process ends.
+        """
+        ended = self._end()
+        self._handle = ffi.NULL
+        return ended is not False
+
+    def __enter__(self) -> Gather:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _end_gather(handle: Any) -> bool:
+    return bool(lib.sllm_gather_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) == lib.SLLM_OK)
+
+
+def _wait_in_slices(call: Callable[[int], int], timeout_s: float, error: Any) -> None:
+    """Repeat a call that answers "not yet", so that Ctrl-C is answered between."""
+    deadline = time.monotonic() + timeout_s
+    status = lib.SLLM_E_BUSY
+    while status == lib.SLLM_E_BUSY:
+        left_ms = int((deadline - time.monotonic()) * 1000)
+        if left_ms < 0:
+            raise errors.DeviceError(
+                f"the device has not copied anything for {timeout_s:g} s",
+                hint=_HINTS[lib.SLLM_E_DEVICE],
+                status=lib.SLLM_E_TIMEOUT,
+            )
+        status = call(min(left_ms, WAIT_SLICE_MS))
+    _check(status, error)
 
 
 class Extent(NamedTuple):

@@ -4,6 +4,7 @@
  * A *job* reads *extents* of open files in aligned chunks and puts them where the caller wants
  * them: into host memory in place, or through a *ring* of staging slots into a device. *Memory*
  * is what a job fills on the host, or a private view of a file that is in the page cache already.
+ * A *gather* brings slices of host memory to a device through a ring.
  *
  * Every call returns a status, 0 or a negative code; the detail goes to a caller-owned
  * sllm_error. Nothing is global, nothing is logged, the library never exits. Handles belong to
@@ -243,8 +244,14 @@ typedef struct sllm_ring sllm_ring;
 const char *sllm_backend_name(uint32_t index);
 
 /**
- * Open a device of a backend, such as "cpu", 0.
- * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NO_DEVICE or SLLM_E_DEVICE.
+ * Open a device of a backend, such as "npu", 0. The runtime library ("npu": libascendcl, "cuda":
+ * libcudart) is looked for at this time, and the copy that the process has loaded is preferred.
+ * @param ordinal  Which of the devices that the runtime may see, from 0.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, SLLM_E_NO_DEVICE (no such device, or no runtime
+ *         library), SLLM_E_DEVICE, SLLM_E_TIMEOUT (the runtime hangs), or SLLM_E_FORKED: a process
+ *         that forked this one has started the runtime, which does not survive that.
+ *
+ * The caller's thread keeps its current device: whatever sets one happens on threads of ours.
  *
  * Threads: any. The caller ends it with sllm_device_close(); rings and jobs that use it keep it.
  */
@@ -262,9 +269,9 @@ void sllm_device_close(sllm_device *device);
  * @param ring_out    Receives the ring, or NULL on failure. The caller owns it and ends it with
  *                    sllm_ring_destroy().
  * @param err         May be NULL.
- * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM or SLLM_E_DEVICE.
+ * @return SLLM_OK, SLLM_E_INVALID, SLLM_E_NOMEM, SLLM_E_DEVICE, SLLM_E_TIMEOUT or SLLM_E_FORKED.
  *
- * Threads: any; one job at a time uses a ring. Blocks: while pages are pinned (seconds for tens
+ * Threads: any; one job or gather at a time uses a ring. Blocks: while pages are pinned (seconds for tens
  * of GiB).
  */
 sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t count,
@@ -272,6 +279,64 @@ sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t 
 
 /** Unpin and free, now or with the last job that uses it. NULL is fine. */
 void sllm_ring_destroy(sllm_ring *ring);
+
+/* ---- gather: slices of host memory to a device --------------------------------------------- */
+
+typedef struct sllm_gather sllm_gather;
+
+/**
+ * Open a gather: it packs strided slices of any host memory into slots of a ring, and copies them
+ * from there, so that no memory but the ring's ever takes part in a device's copy.
+ *
+ * It works on the thread that calls, which has the device as its current one and keeps it: a
+ * runtime's current device is never changed there. One gather or job at a time uses a ring.
+ *
+ * @param device      Where the slices go; kept.
+ * @param ring        Of the same backend; kept.
+ * @param stream      The caller's stream, as the runtime has it (an aclrtStream or a cudaStream_t),
+ *                    on which copies come after what is there already, and before what comes later;
+ *                    it outlives the gather. 0: a stream of the gather's own.
+ * @param gather_out  Receives the gather. The caller ends it with sllm_gather_close().
+ * @return SLLM_OK, SLLM_E_INVALID (the thread is on another device, or the ring of another
+ *         backend), SLLM_E_NOMEM, SLLM_E_DEVICE or SLLM_E_FORKED.
+ *
+ * Threads: one at a time a gather. Blocks: no.
+ */
+sllm_status sllm_gather_open(sllm_device *device, sllm_ring *ring, uint64_t stream,
+                             sllm_gather **gather_out, sllm_error *err);
+
+/**
+ * Start the copy of a slice: rows of host memory, packed without gaps on the device.
+ * @param target               Device address of the first row; any alignment.
+ * @param source               Address of the first row; free again when the call returns.
+ * @param rows, row_bytes      How many, and the length of each; 0 bytes are nothing to do.
+ * @param source_stride_bytes  From one row's start to the next one's, at least row_bytes.
+ * @param timeout_ms           For a slot to become free.
+ * @return SLLM_OK: the slice is on its way. SLLM_E_BUSY: a part of it is; the same call again goes
+ *         on from there, and no other must come between. SLLM_E_INVALID or SLLM_E_DEVICE: close it.
+ *
+ * Threads: one at a time a gather. Blocks: while rows are packed, and up to timeout_ms.
+ */
+sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *source,
+                             uint64_t rows, uint64_t row_bytes, uint64_t source_stride_bytes,
+                             uint32_t timeout_ms, sllm_error *err);
+
+/**
+ * Wait until every slice is on the device; all slots are back in the ring then.
+ * @return SLLM_OK, SLLM_E_BUSY (not after timeout_ms) or SLLM_E_DEVICE: a copy failed.
+ *
+ * Threads: one at a time a gather. Blocks: up to timeout_ms.
+ */
+sllm_status sllm_gather_synchronize(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err);
+
+/**
+ * End a gather, after the copies that are under way. NULL is fine.
+ * @return SLLM_OK. SLLM_E_BUSY: copies are still under way after timeout_ms; the ring and the
+ *         targets must stay as they are. Call again, or leave them for ever.
+ *
+ * Threads: one at a time a gather. Blocks: up to timeout_ms.
+ */
+sllm_status sllm_gather_close(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err);
 
 /* ---- jobs -------------------------------------------------------------------------------- */
 

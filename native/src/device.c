@@ -8,7 +8,8 @@
 #include "error.h"
 #include "os.h"
 
-static const sllmi_device_ops *const backends[] = {&sllmi_device_cpu};
+static const sllmi_device_ops *const backends[] = {&sllmi_device_cpu, &sllmi_device_npu,
+                                                   &sllmi_device_cuda};
 
 #define BACKEND_COUNT (sizeof backends / sizeof backends[0])
 
@@ -27,8 +28,13 @@ sllm_status sllmi_device_open_ops(const sllmi_device_ops *ops, int32_t ordinal,
         return status;
     }
     if (ordinal < 0 || ordinal >= count) {
-        return sllmi_fail(err, SLLM_E_NO_DEVICE, 0, "there is no device %s:%d: %d found", ops->name,
-                          ordinal, count);
+        const char *visible = ops->visibility == NULL ? NULL : getenv(ops->visibility);
+        return sllmi_fail(err, SLLM_E_NO_DEVICE, 0, "there is no device %s:%d: %d found%s%s%s%s",
+                          ops->name, ordinal, count, visible == NULL ? "" : ", and ",
+                          visible == NULL ? "" : ops->visibility, visible == NULL ? "" : " is ",
+                          visible == NULL      ? ""
+                          : visible[0] == '\0' ? "empty: it hides them all"
+                                               : visible);
     }
     sllm_device *device = sllmi_sys.alloc(sizeof *device);
     if (device == NULL) {

@@ -8,7 +8,7 @@
 
 #include "sllm.h"
 
-#define SLLMI_DEVICE_ABI 1
+#define SLLMI_DEVICE_ABI 2
 #define SLLMI_DEV_PINNED 1u     /* host_alloc() gives page-locked memory */
 #define SLLMI_DEV_ASYNC_COPY 2u /* copy() returns before the copy is done */
 
@@ -26,13 +26,20 @@ typedef struct sllmi_device_ops {
     sllm_status (*host_alloc)(void *dev, size_t bytes, void **ptr_out, sllm_error *err);
     void (*host_free)(void *dev, void *ptr);
     sllm_status (*queue_open)(void *dev, void **queue_out, sllm_error *err);
-    void (*queue_close)(void *queue); /* waits for its copies; NULL-safe */
+    void (*queue_close)(void *queue); /* after drain(), on the thread that opened; NULL-safe */
     /* Start a host-to-device copy; `src` must stay as it is until a later fence has passed. */
     sllm_status (*copy)(void *queue, uint64_t dst, const void *src, size_t bytes, sllm_error *err);
     /* Mark the queue: the fence passes when all copies before it are done. Fences pass in order. */
     sllm_status (*fence)(void *queue, uint64_t *fence_out, sllm_error *err);
     /* SLLM_OK when the fence has passed, SLLM_E_BUSY when it has not after timeout_ms. */
     sllm_status (*wait)(void *queue, uint64_t fence, uint32_t timeout_ms, sllm_error *err);
+    /* The end of all copies: SLLM_OK says that none failed, which a fence need not tell.
+     * SLLM_E_BUSY: not after timeout_ms. Any other failure: the device has given up on them. */
+    sllm_status (*drain)(void *queue, uint32_t timeout_ms, sllm_error *err);
+    /* A queue for a thread that is not ours and stays as it is: it has the device as its current
+     * one. `stream` is the caller's, as the runtime has it; 0: a new one. */
+    sllm_status (*queue_adopt)(void *dev, uint64_t stream, void **queue_out, sllm_error *err);
+    const char *visibility; /* the environment variable that hides devices, or NULL */
 } sllmi_device_ops;
 
 struct sllm_device {
@@ -47,6 +54,8 @@ struct sllm_device {
 void sllmi_device_keep(sllm_device *device);
 
 extern const sllmi_device_ops sllmi_device_cpu;
+extern const sllmi_device_ops sllmi_device_npu;
+extern const sllmi_device_ops sllmi_device_cuda;
 
 /* Open a device of a table that need not be compiled in: tests bring their own. */
 sllm_status sllmi_device_open_ops(const sllmi_device_ops *ops, int32_t ordinal,

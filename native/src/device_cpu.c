@@ -85,6 +85,18 @@ static sllm_status cpu_wait(void *queue, uint64_t fence, uint32_t timeout_ms, sl
     return SLLM_OK;
 }
 
+static sllm_status cpu_drain(void *queue, uint32_t timeout_ms, sllm_error *err)
+{
+    (void)queue, (void)timeout_ms, (void)err;
+    return SLLM_OK;
+}
+
+static sllm_status cpu_queue_adopt(void *dev, uint64_t stream, void **queue_out, sllm_error *err)
+{
+    (void)stream;
+    return cpu_queue_open(dev, queue_out, err);
+}
+
 const sllmi_device_ops sllmi_device_cpu = {
     .abi = SLLMI_DEVICE_ABI,
     .name = "cpu",
@@ -99,4 +111,6 @@ const sllmi_device_ops sllmi_device_cpu = {
     .copy = cpu_copy,
     .fence = cpu_fence,
     .wait = cpu_wait,
+    .drain = cpu_drain,
+    .queue_adopt = cpu_queue_adopt,
 };

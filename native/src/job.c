@@ -77,6 +77,14 @@ static sllm_status check_loans(const sllm_job_options *options, uint64_t chunk_b
     if (options->device_count > 0 && !sllmi_ring_is_ours(options->ring)) {
         return sllmi_fail(err, SLLM_E_FORKED, 0, "the ring of the load is not of this process");
     }
+    for (uint32_t i = 0; i < options->device_count; i++) {
+        const sllm_device *device = options->devices[i];
+        if (!sllmi_ring_feeds(options->ring, device)) {
+            return sllmi_fail(err, SLLM_E_INVALID, 0,
+                              "%s:%d copies from pinned memory, and the ring was not made for %s",
+                              device->ops->name, device->ordinal, device->ops->name);
+        }
+    }
     if (options->device_count > 0 &&
         sllmi_ring_slot_bytes(options->ring) < chunk_bytes + SLLM_PAGE_BYTES) {
         return sllmi_fail(err, SLLM_E_INVALID, 0,

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "os.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -89,6 +90,8 @@ sllmi_os sllmi_sys = {
     .mincore = mincore,
     .thread_create = os_thread_create,
     .alloc = os_alloc,
+    .dlopen = dlopen,
+    .dlsym = dlsym,
 };
 
 uint64_t sllmi_now_ns(void)
@@ -96,4 +99,11 @@ uint64_t sllmi_now_ns(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+void sllmi_sleep_ns(uint64_t ns)
+{
+    const struct timespec pause = {.tv_sec = (time_t)(ns / 1000000000u),
+                                   .tv_nsec = (long)(ns % 1000000000u)};
+    nanosleep(&pause, NULL);
 }

@@ -29,11 +29,14 @@ typedef struct sllmi_os {
     int (*mincore)(void *address, size_t bytes, unsigned char *resident_out);
     int (*thread_create)(pthread_t *thread_out, void *(*run)(void *), void *argument);
     void *(*alloc)(size_t bytes); /* zeroed; ended with free() */
+    void *(*dlopen)(const char *name, int flags);
+    void *(*dlsym)(void *library, const char *name);
 } sllmi_os;
 
 extern sllmi_os sllmi_sys;
 
 /* Nanoseconds of the monotonic clock. */
 uint64_t sllmi_now_ns(void);
+void sllmi_sleep_ns(uint64_t ns);
 
 #endif

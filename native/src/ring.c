@@ -128,6 +128,11 @@ bool sllmi_ring_is_ours(const sllm_ring *ring)
     return ring->pid == getpid();
 }
 
+bool sllmi_ring_feeds(const sllm_ring *ring, const sllm_device *device)
+{
+    return (device->ops->caps & SLLMI_DEV_PINNED) == 0 || ring->device->ops == device->ops;
+}
+
 uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring)
 {
     return ring->slot_bytes;

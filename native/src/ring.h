@@ -27,6 +27,8 @@ void sllmi_ring_keep(sllm_ring *ring);
 
 /* Made by this process, not by one that forked it. */
 bool sllmi_ring_is_ours(const sllm_ring *ring);
+/* A device that copies from pinned memory needs slots of its own backend. */
+bool sllmi_ring_feeds(const sllm_ring *ring, const sllm_device *device);
 uint64_t sllmi_ring_slot_bytes(const sllm_ring *ring);
 uint32_t sllmi_ring_slot_count(const sllm_ring *ring);
 

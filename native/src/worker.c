@@ -153,7 +153,7 @@ static sllm_status start_copies(struct copier *copier, sllmi_slot *slot, sllm_er
     struct flight *flight = &copier->flights[(copier->head + copier->count) % copier->capacity];
     flight->slot = slot;
     flight->bytes = 0;
-    copier->count++; /* from here on queue_close() and land() see to the slot */
+    copier->count++; /* from here on drain() and land() see to the slot */
     sllmi_piece_cursor cursor = {.extent = chunk->first};
     sllmi_piece piece;
     while (sllmi_plan_next_piece(&job->plan, chunk, copier->device, &cursor, &piece)) {
@@ -215,6 +215,21 @@ static sllm_status copy_all(struct copier *copier, sllmi_worker *worker, sllm_er
     return SLLM_OK;
 }
 
+/* Wait for the copies under way: only then may their slots be used again. It is also where the
+ * device says whether one of them failed. */
+static void end_copies(struct copier *copier)
+{
+    sllm_error failure = {0};
+    sllm_status status;
+    do {
+        status = copier->ops->drain(copier->queue, SLLMI_POLL_MS, &failure);
+    } while (status == SLLM_E_BUSY);
+    if (status != SLLM_OK) {
+        sllmi_job_fail(copier->job, &failure);
+    }
+    copier->ops->queue_close(copier->queue);
+}
+
 void *sllmi_copier_run(void *argument)
 {
     sllmi_worker *worker = argument;
@@ -245,8 +260,9 @@ void *sllmi_copier_run(void *argument)
     if (status != SLLM_OK) {
         sllmi_job_fail(job, &failure);
     }
-    /* Waits for the copies under way: only then may their slots be used again. */
-    device->ops->queue_close(copier.queue);
+    if (copier.queue != NULL) {
+        end_copies(&copier);
+    }
     while (copier.count > 0) {
         land(&copier, false);
     }

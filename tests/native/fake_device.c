@@ -15,8 +15,9 @@
 
 #define MAX_DEVICES 64
 
-const char *const fake_slot_names[FAKE_SLOTS] = {"probe",      "open", "bind_thread", "host_alloc",
-                                                 "queue_open", "copy", "fence",       "wait"};
+const char *const fake_slot_names[FAKE_SLOTS] = {
+    "probe", "open",  "bind_thread", "host_alloc", "queue_open",
+    "copy",  "fence", "wait",        "drain",      "queue_adopt"};
 
 typedef struct fake_dev {
     int32_t ordinal;
@@ -40,6 +41,8 @@ typedef struct fake_queue {
     uint64_t landed;   /* all copies below are done */
     uint64_t released; /* all copies below were seen to be done: their sources may change */
     bool closing;
+    bool gave_up; /* drain() failed: the copies are over, in whatever state */
+    bool adopted; /* its thread is the caller's, which nobody bound */
     check_random random;
 } fake_queue;
 
@@ -192,11 +195,10 @@ static void *fake_queue_run(void *argument)
     return NULL;
 }
 
-static sllm_status fake_queue_open(void *dev, void **queue_out, sllm_error *err)
+static sllm_status make_queue(fake_slot slot, void *dev, void **queue_out, sllm_error *err)
 {
     *queue_out = NULL;
-    CHECK(bound == dev);
-    sllm_status status = count(FAKE_QUEUE_OPEN, dev, err);
+    sllm_status status = count(slot, dev, err);
     if (status != SLLM_OK) {
         return status;
     }
@@ -204,13 +206,27 @@ static sllm_status fake_queue_open(void *dev, void **queue_out, sllm_error *err)
     CHECK(queue != NULL);
     queue->dev = dev;
     queue->owner = pthread_self();
-    queue->random = check_random_start((uint64_t)queue->dev->ordinal + calls[FAKE_QUEUE_OPEN]);
+    queue->adopted = slot == FAKE_QUEUE_ADOPT;
+    queue->random = check_random_start((uint64_t)queue->dev->ordinal + calls[slot]);
     pthread_mutex_init(&queue->lock, NULL);
     sllmi_cond_init(&queue->changed);
     CHECK(pthread_create(&queue->thread, NULL, fake_queue_run, queue) == 0);
     open_queues++;
     *queue_out = queue;
     return SLLM_OK;
+}
+
+static sllm_status fake_queue_open(void *dev, void **queue_out, sllm_error *err)
+{
+    CHECK(bound == dev);
+    return make_queue(FAKE_QUEUE_OPEN, dev, queue_out, err);
+}
+
+static sllm_status fake_queue_adopt(void *dev, uint64_t stream, void **queue_out, sllm_error *err)
+{
+    CHECK(stream == 0);
+    CHECK(bound == NULL);
+    return make_queue(FAKE_QUEUE_ADOPT, dev, queue_out, err);
 }
 
 /* Under the queue's lock: whoever asked learns that the copies below `end` are done. */
@@ -223,7 +239,7 @@ static void release_sources(fake_queue *queue, uint64_t end)
 
 static void check_thread(const fake_queue *queue)
 {
-    CHECK(bound == queue->dev);
+    CHECK(bound == (queue->adopted ? NULL : queue->dev));
     CHECK(pthread_equal(queue->owner, pthread_self()));
 }
 
@@ -235,6 +251,7 @@ static void fake_queue_close(void *argument)
     }
     check_thread(queue);
     pthread_mutex_lock(&queue->lock);
+    CHECK(queue->gave_up || queue->landed == queue->count); /* it was drained */
     queue->closing = true;
     pthread_cond_broadcast(&queue->changed);
     pthread_mutex_unlock(&queue->lock);
@@ -286,14 +303,9 @@ static sllm_status fake_fence(void *argument, uint64_t *fence_out, sllm_error *e
     return status;
 }
 
-static sllm_status fake_wait(void *argument, uint64_t fence, uint32_t timeout_ms, sllm_error *err)
+static sllm_status await_fence(fake_queue *queue, uint64_t fence, uint32_t timeout_ms,
+                               sllm_error *err)
 {
-    fake_queue *queue = argument;
-    check_thread(queue);
-    sllm_status status = count(FAKE_WAIT, queue->dev, err);
-    if (status != SLLM_OK) {
-        return status;
-    }
     CHECK(fence <= queue->count);
     uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
     bool in_time = true;
@@ -307,6 +319,26 @@ static sllm_status fake_wait(void *argument, uint64_t fence, uint32_t timeout_ms
     }
     pthread_mutex_unlock(&queue->lock);
     return passed ? SLLM_OK : sllmi_fail(err, SLLM_E_BUSY, 0, "fake: not yet");
+}
+
+static sllm_status fake_wait(void *argument, uint64_t fence, uint32_t timeout_ms, sllm_error *err)
+{
+    fake_queue *queue = argument;
+    check_thread(queue);
+    sllm_status status = count(FAKE_WAIT, queue->dev, err);
+    return status == SLLM_OK ? await_fence(queue, fence, timeout_ms, err) : status;
+}
+
+static sllm_status fake_drain(void *argument, uint32_t timeout_ms, sllm_error *err)
+{
+    fake_queue *queue = argument;
+    check_thread(queue);
+    sllm_status status = count(FAKE_DRAIN, queue->dev, err);
+    if (status != SLLM_OK) {
+        queue->gave_up = true;
+        return status;
+    }
+    return await_fence(queue, queue->count, timeout_ms, err);
 }
 
 static const sllmi_device_ops fake_ops = {
@@ -324,6 +356,8 @@ static const sllmi_device_ops fake_ops = {
     .copy = fake_copy_start,
     .fence = fake_fence,
     .wait = fake_wait,
+    .drain = fake_drain,
+    .queue_adopt = fake_queue_adopt,
 };
 
 void fake_start(uint32_t delay_us)

@@ -19,6 +19,8 @@ typedef enum fake_slot {
     FAKE_COPY,
     FAKE_FENCE,
     FAKE_WAIT,
+    FAKE_DRAIN,
+    FAKE_QUEUE_ADOPT,
     FAKE_SLOTS
 } fake_slot;
 

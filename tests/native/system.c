@@ -14,9 +14,9 @@
 #define PAGE 4096u
 
 const char *const system_call_names[SYSTEM_CALLS] = {
-    "open",    "close",        "fstat",        "fstatfs",       "fadvise",
-    "pread",   "pread_nowait", "cached_pages", "mmap",          "munmap",
-    "madvise", "mprotect",     "mincore",      "thread_create", "alloc"};
+    "open",         "close",         "fstat", "fstatfs", "fadvise", "pread",
+    "pread_nowait", "cached_pages",  "mmap",  "munmap",  "madvise", "mprotect",
+    "mincore",      "thread_create", "alloc", "dlopen",  "dlsym"};
 
 static sllmi_os real;
 static _Atomic uint64_t calls[SYSTEM_CALLS];
@@ -201,6 +201,16 @@ static void *test_alloc(size_t bytes)
     return fails(SYSTEM_ALLOC) ? NULL : real.alloc(bytes);
 }
 
+static void *test_dlopen(const char *name, int flags)
+{
+    return fails(SYSTEM_DLOPEN) ? NULL : real.dlopen(name, flags);
+}
+
+static void *test_dlsym(void *library, const char *name)
+{
+    return fails(SYSTEM_DLSYM) ? NULL : real.dlsym(library, name);
+}
+
 void system_start(void)
 {
     system_end();
@@ -226,6 +236,8 @@ void system_start(void)
         .mincore = test_mincore,
         .thread_create = test_thread_create,
         .alloc = test_alloc,
+        .dlopen = test_dlopen,
+        .dlsym = test_dlsym,
     };
 }
 

@@ -24,6 +24,8 @@ typedef enum system_call {
     SYSTEM_MINCORE,
     SYSTEM_THREAD_CREATE,
     SYSTEM_ALLOC,
+    SYSTEM_DLOPEN,
+    SYSTEM_DLSYM,
     SYSTEM_CALLS
 } system_call;
 

@@ -116,6 +116,30 @@ def test_a_load_to_devices_needs_a_ring_whose_slots_hold_a_chunk(
         native.Ring(device, SLOT_BYTES, 1)
 
 
+def test_a_gather_packs_rows_through_slots() -> None:
+    source = native.Memory.create(64 * 1000)
+    target = native.Memory.create(64 * 300)
+    source.buffer[:] = bytes(range(250)) * 256
+    with native.Device("cpu") as device, native.Ring(device, 4096, 2) as ring:
+        with native.Gather(device, ring) as gather:
+            gather.copy(
+                target.address,
+                source.address + 7,
+                rows=64,
+                row_bytes=300,
+                source_stride_bytes=1000,
+            )
+            gather.synchronize()
+        with pytest.raises(errors.NativeError, match="not a gather"):
+            gather.synchronize()
+        kept = native.Gather(device, ring)
+        with pytest.raises(errors.NativeError, match="is not one"):
+            kept.copy(target.address, source.address, rows=2, row_bytes=2, source_stride_bytes=1)
+    assert kept.close()
+    rows = [bytes(source.buffer[7 + i * 1000 : 307 + i * 1000]) for i in range(64)]
+    assert bytes(target.buffer) == b"".join(rows)
+
+
 def test_a_forked_child_may_not_use_devices_and_rings(shard: tuple[int, str, bytes]) -> None:
     script = """
         import os, sys

@@ -1,0 +1,250 @@
+/* Strided slices of host memory, packed into slots and copied to one device from there. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "align.h"
+#include "device.h"
+#include "error.h"
+#include "os.h"
+#include "ring.h"
+
+#define ALIGN_BYTES 64u /* of target and slot alike: what runtimes copy best, and some alone */
+#define SLOT_REST 8u    /* a slice is split unless less than this part of a slot is left */
+#define POLL_MS 10u
+
+/* A slot whose copies are under way. */
+struct flight {
+    sllmi_slot *slot;
+    uint64_t fence;
+};
+
+struct sllm_gather {
+    pid_t pid;
+    sllm_device *device;
+    sllm_ring *ring;
+    void *queue;
+    sllmi_slot *slot;       /* being filled, or NULL */
+    uint64_t filled;        /* bytes of it */
+    uint64_t taken;         /* of the slice that a call with SLLM_E_BUSY left off in */
+    struct flight *flights; /* a ring buffer, as long as the ring has slots */
+    uint32_t capacity, head, count;
+};
+
+/* Bytes [at, at + bytes) of a slice's rows, one after the other. */
+static void pack(char *to, const char *source, uint64_t row_bytes, uint64_t stride_bytes,
+                 uint64_t at, uint64_t bytes)
+{
+    while (bytes > 0) {
+        uint64_t row = at / row_bytes, column = at % row_bytes;
+        uint64_t part = sllmi_min(bytes, row_bytes - column);
+        memcpy(to, source + row * stride_bytes + column, part);
+        to += part;
+        at += part;
+        bytes -= part;
+    }
+}
+
+static void land(sllm_gather *gather)
+{
+    sllmi_ring_release(gather->ring, gather->flights[gather->head].slot);
+    gather->head = (gather->head + 1) % gather->capacity;
+    gather->count--;
+}
+
+/* The slot in hand is full: it returns when what was copied from it is done. */
+static sllm_status send_off(sllm_gather *gather, sllm_error *err)
+{
+    if (gather->slot == NULL) {
+        return SLLM_OK;
+    }
+    struct flight *flight = &gather->flights[(gather->head + gather->count) % gather->capacity];
+    sllm_status status = gather->device->ops->fence(gather->queue, &flight->fence, err);
+    if (status == SLLM_OK) {
+        flight->slot = gather->slot;
+        gather->count++;
+        gather->slot = NULL;
+    }
+    return status;
+}
+
+static sllm_status take_slot(sllm_gather *gather, uint64_t deadline_ns, sllm_error *err)
+{
+    const sllmi_device_ops *ops = gather->device->ops;
+    const atomic_bool never = false;
+    while ((gather->slot = sllmi_ring_acquire(gather->ring, 0, &never)) == NULL) {
+        uint64_t now = sllmi_now_ns();
+        if (gather->count == 0) {
+            return sllmi_fail(err, SLLM_E_INVALID, 0, "the ring of the gather is in other use");
+        }
+        uint64_t left_ms = deadline_ns > now ? (deadline_ns - now) / 1000000u : 0;
+        sllm_status status = ops->wait(gather->queue, gather->flights[gather->head].fence,
+                                       (uint32_t)sllmi_min(left_ms, POLL_MS), err);
+        if (status == SLLM_OK) {
+            land(gather);
+        } else if (status != SLLM_E_BUSY || left_ms == 0) {
+            return status;
+        }
+    }
+    gather->slot->users = 1;
+    gather->filled = 0;
+    return SLLM_OK;
+}
+
+static sllm_status check_ours(const sllm_gather *gather, const char *function, sllm_error *err)
+{
+    if (gather == NULL || gather->pid != getpid()) {
+        return sllmi_fail(err, gather == NULL ? SLLM_E_INVALID : SLLM_E_FORKED, 0,
+                          "%s: not a gather of this process", function);
+    }
+    return SLLM_OK;
+}
+
+static void free_gather(sllm_gather *gather)
+{
+    sllm_ring_destroy(gather->ring);
+    sllm_device_close(gather->device);
+    free(gather->flights);
+    free(gather);
+}
+
+sllm_status sllm_gather_open(sllm_device *device, sllm_ring *ring, uint64_t stream,
+                             sllm_gather **gather_out, sllm_error *err)
+{
+    if (gather_out == NULL) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_gather_open: gather_out is NULL");
+    }
+    *gather_out = NULL;
+    if (device == NULL || ring == NULL) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "a gather needs a device and a ring");
+    }
+    if (device->pid != getpid() || !sllmi_ring_is_ours(ring)) {
+        return sllmi_fail(err, SLLM_E_FORKED, 0,
+                          "sllm_gather_open: not a device and a ring of this process");
+    }
+    if (!sllmi_ring_feeds(ring, device)) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0,
+                          "%s:%d copies from pinned memory, and the ring was not made for %s",
+                          device->ops->name, device->ordinal, device->ops->name);
+    }
+    sllm_gather *gather = sllmi_sys.alloc(sizeof *gather);
+    uint32_t capacity = sllmi_ring_slot_count(ring);
+    struct flight *flights =
+        gather == NULL ? NULL : sllmi_sys.alloc(capacity * sizeof *gather->flights);
+    if (flights == NULL) {
+        free(gather);
+        return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for a gather");
+    }
+    *gather = (sllm_gather){
+        .pid = getpid(), .device = device, .ring = ring, .flights = flights, .capacity = capacity};
+    sllmi_device_keep(device);
+    sllmi_ring_keep(ring);
+    sllm_status status = device->ops->queue_adopt(device->dev, stream, &gather->queue, err);
+    if (status != SLLM_OK) {
+        free_gather(gather);
+        return status;
+    }
+    *gather_out = gather;
+    return SLLM_OK;
+}
+
+/* Start the copy of what fits into the slot in hand. */
+static sllm_status copy_part(sllm_gather *gather, uint64_t target, const char *source,
+                             uint64_t row_bytes, uint64_t stride_bytes, uint64_t bytes,
+                             sllm_error *err)
+{
+    uint64_t left = bytes - gather->taken;
+    uint64_t to = target + gather->taken;
+    uint64_t slot_bytes = sllmi_ring_slot_bytes(gather->ring);
+    /* Slot and target differ by a multiple of the alignment, and parts end at one. */
+    uint64_t start = gather->filled + (to - gather->filled) % ALIGN_BYTES;
+    uint64_t room = start < slot_bytes ? slot_bytes - start : 0;
+    uint64_t part = left <= room ? left : room - sllmi_min(room, (to + room) % ALIGN_BYTES);
+    if (part == 0 || (part < left && gather->filled > 0 && part < slot_bytes / SLOT_REST)) {
+        return send_off(gather, err);
+    }
+    char *place = gather->slot->memory + start;
+    pack(place, source, row_bytes, stride_bytes, gather->taken, part);
+    sllm_status status = gather->device->ops->copy(gather->queue, to, place, part, err);
+    gather->filled = start + part; /* of a copy that failed too: nobody knows how far it went */
+    if (status == SLLM_OK) {
+        gather->taken += part;
+    }
+    return status;
+}
+
+sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *source,
+                             uint64_t rows, uint64_t row_bytes, uint64_t source_stride_bytes,
+                             uint32_t timeout_ms, sllm_error *err)
+{
+    sllm_status status = check_ours(gather, "sllm_gather_copy", err);
+    if (status != SLLM_OK) {
+        return status;
+    }
+    uint64_t bytes;
+    if (target == 0 || source == NULL || __builtin_mul_overflow(rows, row_bytes, &bytes) ||
+        bytes > INT64_MAX || source_stride_bytes > INT64_MAX ||
+        (rows > 1 && source_stride_bytes < row_bytes)) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0,
+                          "a slice of %llu rows of %llu bytes, %llu apart, is not one",
+                          (unsigned long long)rows, (unsigned long long)row_bytes,
+                          (unsigned long long)source_stride_bytes);
+    }
+    if (source_stride_bytes == row_bytes || rows == 1) {
+        row_bytes = bytes; /* one run */
+    }
+    uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    while (status == SLLM_OK && gather->taken < bytes) {
+        if (gather->slot == NULL) {
+            status = take_slot(gather, deadline, err);
+        }
+        if (status == SLLM_OK) {
+            status = copy_part(gather, target, source, row_bytes, source_stride_bytes, bytes, err);
+        }
+    }
+    if (status != SLLM_E_BUSY) {
+        gather->taken = 0;
+    }
+    return status;
+}
+
+sllm_status sllm_gather_synchronize(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err)
+{
+    sllm_status status = check_ours(gather, "sllm_gather_synchronize", err);
+    if (status == SLLM_OK) {
+        status = send_off(gather, err);
+    }
+    if (status == SLLM_OK) {
+        status = gather->device->ops->drain(gather->queue, timeout_ms, err);
+    }
+    while (status == SLLM_OK && gather->count > 0) {
+        land(gather);
+    }
+    return status;
+}
+
+sllm_status sllm_gather_close(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err)
+{
+    if (gather == NULL) {
+        return SLLM_OK;
+    }
+    sllm_status status = check_ours(gather, "sllm_gather_close", err);
+    if (status != SLLM_OK) {
+        return status;
+    }
+    /* Anything but "not yet" is the end of the copies, well or badly. */
+    if (gather->device->ops->drain(gather->queue, timeout_ms, err) == SLLM_E_BUSY) {
+        return SLLM_E_BUSY;
+    }
+    gather->device->ops->queue_close(gather->queue);
+    if (gather->slot != NULL) {
+        sllmi_ring_release(gather->ring, gather->slot);
+    }
+    while (gather->count > 0) {
+        land(gather);
+    }
+    free_gather(gather);
+    return SLLM_OK;
+}
