@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sllmctl.core.checkpoint import Format, open_checkpoint
+from sllmctl.core.background import Loading
+from sllmctl.core.checkpoint import Checkpoint, Format, open_checkpoint
 from sllmctl.core.config import resolve_model
+from sllmctl.core.device_load import DeviceLoad, complete, fill_from_files
 from sllmctl.core.devices import require_cpu
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.load import load as load_checkpoint
+from sllmctl.core.placement import DeviceMap
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
 from sllmctl.errors import ConfigError, StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_through_store
+from sllmctl.store.spans import fill_through_store
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,7 @@ def load(
     model: Model,
     device: object = "cpu",
     *,
+    device_map: object = None,
     storage_path: Model | None = None,
     store: StoreUse = "auto",
     socket: Path | None = None,
@@ -45,7 +51,10 @@ def load(
 
     Args:
         model: A path, or a name below the storage path.
-        device: Where to; ``cpu``.
+        device: Where to: ``npu:0``, ``cuda:1``, ``cpu``, ``npu`` for torch's current one, or
+            ``auto`` for that of the first kind that works here (npu, cuda, cpu).
+        device_map: Where to, instead: a device, or what spreads tensors over several, as
+            ``core.placement.DeviceMap.parse`` reads it.
         storage_path: Where names are looked up; see ``core.config.storage_path``.
         store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
         socket: The store's, instead of the usual ones.
@@ -55,33 +64,133 @@ def load(
 
     Raises:
         CheckpointNotFound, CheckpointError: No checkpoint is there, or it is damaged.
+        DeviceUnavailable: A device is not there, or torch has no backend for it.
+        DeviceError: A device has no room, which is told before anything is read, or it failed.
         StoreUnreachable: A store is required, and none answers.
         SllmError: As ``core.load.load`` raises them.
     """
+    return _prepare(
+        model,
+        device if device_map is None else device_map,
+        storage_path,
+        store,
+        socket,
+        label,
+        options,
+    )(progress)
+
+
+def start_load(
+    model: Model,
+    device: object = "cpu",
+    *,
+    device_map: object = None,
+    storage_path: Model | None = None,
+    store: StoreUse = "auto",
+    socket: Path | None = None,
+    label: str | None = None,
+    options: LoadOptions | None = None,
+    progress: ProgressFn | None = None,
+) -> Loading:
+    """Start a load that goes on in the background, and return at once.
+
+    Call it on the thread that will use the tensors: memory on devices is allocated here, and what
+    contradicts itself or has no room is raised here. All else is raised by ``wait``:
+
+        with start_load("Qwen/Qwen3-8B", "npu:0") as loading:
+            skeleton = ...  # whatever takes its time
+            tensors = loading.wait().tensors
+
+    Args and errors: as `load`; ``progress`` is called by the background's thread.
+    """
+    return Loading(
+        _prepare(
+            model,
+            device if device_map is None else device_map,
+            storage_path,
+            store,
+            socket,
+            label,
+            options,
+        ),
+        progress,
+    )
+
+
+def _prepare(
+    model: Model,
+    device_map: object,
+    storage_path: Model | None,
+    store: StoreUse,
+    socket: Path | None,
+    label: str | None,
+    options: LoadOptions | None,
+) -> Callable[[ProgressFn | None], Loaded]:
+    """Do what has to be done on the caller's thread; what is returned does the rest on any."""
     import torch  # noqa: F401 - its import takes seconds, and is no part of the load
 
-    require_cpu(device)
+    devices = DeviceMap.parse(device_map)  # imports torch_npu where one is an NPU
     options = options or LoadOptions.choose()
     started = time.perf_counter()
     path = resolve_model(model, storage_path)
     checkpoint = open_checkpoint(path)
     client = _connect(store, socket)
-    opened_s = time.perf_counter() - started
-    loaded = None
+    label = label or (model if isinstance(model, str) else str(path))
+    opened = time.perf_counter()
+    placement = devices.place(checkpoint)
+    run: Callable[[ProgressFn | None], Loaded]
+    if all(spec.kind == "cpu" for spec in placement.values()):
+        run = partial(_load_to_host, checkpoint, options, client, store, label)
+    else:
+        ready = DeviceLoad(checkpoint, placement, options)
+        run = partial(_load_to_devices, checkpoint, ready, options, client, store, label)
+    opened_s, planned_s = opened - started, time.perf_counter() - opened
+
+    def finish(progress: ProgressFn | None) -> Loaded:
+        loaded = run(progress)
+        loaded.stats.open_s += opened_s
+        loaded.stats.plan_s += planned_s
+        loaded.stats.elapsed_s += opened_s + planned_s
+        return loaded
+
+    return finish
+
+
+def _load_to_host(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    client: StoreClient | None,
+    store: StoreUse,
+    label: str,
+    progress: ProgressFn | None,
+) -> Loaded:
     if client is not None:
-        label = label or (model if isinstance(model, str) else str(path))
         try:
-            loaded = load_through_store(checkpoint, options, client, label=label, progress=progress)
+            return load_through_store(checkpoint, options, client, label=label, progress=progress)
         except StoreError as exc:
             client.close()
             if store == "require":
                 raise
             log.warning("the store cannot serve this load (%s); it goes to disk", exc)
-    if loaded is None:
-        loaded = load_checkpoint(checkpoint, options, progress=progress)
-    loaded.stats.open_s += opened_s
-    loaded.stats.elapsed_s += opened_s
-    return loaded
+    return load_checkpoint(checkpoint, options, progress=progress)
+
+
+def _load_to_devices(
+    checkpoint: Checkpoint,
+    ready: DeviceLoad,
+    options: LoadOptions,
+    client: StoreClient | None,
+    store: StoreUse,
+    label: str,
+    progress: ProgressFn | None,
+) -> Loaded:
+    fill = fill_from_files(checkpoint, ready, progress)
+    if client is not None:
+        otherwise = None if store == "require" else fill
+        fill = fill_through_store(
+            checkpoint, ready, client, label, otherwise=otherwise, progress=progress
+        )
+    return complete(checkpoint, ready, options, fill)
 
 
 def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
@@ -101,18 +210,20 @@ def load_tensors(
     model: Model,
     device: object = "cpu",
     *,
+    device_map: object = None,
     storage_path: Model | None = None,
     store: StoreUse = "auto",
     verify: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Load every tensor of a checkpoint, by name.
 
-    Tensors are writable, and no write reaches the file. Each has a storage of its own and keeps
-    the memory alive that it looks into; nothing has to be closed.
+    Tensors are writable, and no write reaches the file. Each keeps the memory alive that it looks
+    into; nothing has to be closed. In host memory each has a storage of its own; on a device many
+    share one of at most 1 GiB.
 
     Args:
         model: A path, or a name below the storage path.
-        device: Where to; ``cpu``.
+        device, device_map: Where to, as `load` takes them.
         storage_path: Where names are looked up.
         store: ``auto`` uses a store that answers, ``require`` no other way, ``off`` none.
         verify: Compare every byte with the digests that `convert` took.
@@ -121,7 +232,14 @@ def load_tensors(
         SllmError: As `load` raises them.
     """
     options = LoadOptions.choose(verify=verify)
-    return load(model, device, storage_path=storage_path, store=store, options=options).tensors
+    return load(
+        model,
+        device,
+        device_map=device_map,
+        storage_path=storage_path,
+        store=store,
+        options=options,
+    ).tensors
 
 
 def stream_tensors(

@@ -69,9 +69,10 @@ class DeviceLoad:
 
     Args:
         checkpoint: Whose tensors.
-        placement: A device for every name, `placement.place_tensors` chooses it.
+        placement: A device for every name, as `DeviceMap.place` chooses it.
         options: Threads and chunks of the reads.
         entries: Which of the tensors, in file order; all where not given.
+        slab_bytes: The least size of the pieces in which devices give memory.
 
     Raises:
         DeviceError: A device has no room, or its runtime refuses.
@@ -86,6 +87,7 @@ class DeviceLoad:
         options: LoadOptions,
         *,
         entries: Sequence[TensorEntry] | None = None,
+        slab_bytes: int = 0,
     ) -> None:
         self._entries = list(checkpoint.tensors.values()) if entries is None else entries
         self._strides = checkpoint.strides
@@ -108,7 +110,10 @@ class DeviceLoad:
                 sizes[n].append(entry.nbytes)
         self.nbytes = sum(map(sum, sizes))
         """What moves; more than the tensors have where one is wanted on two devices."""
-        self._slabs = [Slabs(spec, one) for spec, one in zip(self.specs, sizes, strict=True)]
+        self._slabs = [
+            Slabs(spec, one, slab_bytes=slab_bytes)
+            for spec, one in zip(self.specs, sizes, strict=True)
+        ]
         self._devices = [open_device(spec) for spec in self.specs]
         self._ends = [entry.offset + entry.nbytes for entry in self._entries]
         self._by_shard: dict[int, range] = {}

@@ -4,75 +4,97 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from sllmctl.core.checkpoint import Checkpoint, natural_key
-from sllmctl.core.devices import (
-    DeviceSpec,
-    accelerators,
-    find_device,
-    free_memory_bytes,
-)
+from sllmctl.core.devices import DeviceSpec, accelerators, find_device, free_memory_bytes
 from sllmctl.core.units import format_size
 from sllmctl.errors import ConfigError, DeviceError
-
-AUTOMATIC = ("auto", "balanced", "sequential")
 
 Placement = Mapping[str, DeviceSpec]
 """The device of every name, those of tied tensors included."""
 
+_SPREADS = ("auto", "balanced", "sequential")
 _BLOCK = re.compile(r"(.*?\.[0-9]+)(?:\.|$)")
 _ROOM = 0.9
 """How much of a device's free memory a choice of ours fills: what follows a load needs some."""
 
 
-def place_tensors(checkpoint: Checkpoint, device_map: object) -> Placement:
-    """Choose a device for every name of a checkpoint.
+@dataclass(frozen=True, slots=True)
+class DeviceMap:
+    """What a caller said about devices, all of which are there.
 
-    Args:
-        checkpoint: Whose tensors.
-        device_map: A device for all, as ``devices.find_device`` takes it. Or a dict of names of
-            modules, matched on dots, the longest that fits first, with ``""`` for the rest. Or
-            ``"balanced"`` (an even share for each accelerator), ``"sequential"`` (each is filled
-            before the next), ``"auto"`` (balanced, where that fits).
-
-    Raises:
-        ConfigError: The map makes no sense, or says nothing about a tensor.
-        DeviceUnavailable: A device in it is not there.
-        DeviceError: The accelerators together have no room.
+    Attributes:
+        modules: A device for what is below each module; ``""`` is all the rest.
+        spread: Accelerators to choose from instead, by their room.
+        balanced: Whether to give each of them the same, rather than to fill one after the other.
     """
-    names = [*checkpoint.tensors, *checkpoint.aliases]
-    if isinstance(device_map, Mapping):
-        return _place_by_prefix(names, device_map)
-    if device_map not in AUTOMATIC:
-        return dict.fromkeys(names, find_device(device_map))
-    devices = accelerators()
-    if len(devices) < 2:
-        return dict.fromkeys(names, devices[0] if devices else DeviceSpec("cpu"))
-    return _place_by_room(checkpoint, devices, balanced=device_map != "sequential")
 
+    modules: Mapping[str, DeviceSpec]
+    spread: Sequence[DeviceSpec] = ()
+    balanced: bool = False
 
-def _place_by_prefix(names: Sequence[str], device_map: Mapping[object, object]) -> Placement:
-    devices: dict[str, DeviceSpec] = {}
-    for module, device in device_map.items():
-        if not isinstance(module, str) or str(device) in ("disk", "meta"):
-            raise ConfigError(
-                f"device_map puts `{module}` on `{device}`",
-                hint="map names of modules to devices such as npu:0 or cpu",
+    @classmethod
+    def parse(cls, device_map: object) -> DeviceMap:
+        """Read a device map, and load what torch needs for its devices.
+
+        Args:
+            device_map: A device for all, as ``devices.find_device`` takes it. Or a dict of modules'
+                names, matched on dots, the longest that fits first, with ``""`` for the rest. Or
+                ``"balanced"`` (the same for each accelerator), ``"sequential"`` (each is filled
+                before the next) or ``"auto"`` (balanced, where that fits).
+
+        Raises:
+            ConfigError: The map makes no sense.
+            DeviceUnavailable: A device in it is not there.
+        """
+        if isinstance(device_map, DeviceMap):
+            return device_map
+        if isinstance(device_map, Mapping):
+            return cls(
+                {_module(key, device): find_device(device) for key, device in device_map.items()}
             )
-        devices[module] = find_device(device)
-    placement = {}
-    for name in names:
+        if device_map not in _SPREADS:
+            return cls({"": find_device(device_map)})
+        devices = accelerators() or [DeviceSpec("cpu")]
+        if len(devices) == 1:
+            return cls({"": devices[0]})
+        return cls({}, devices, device_map != "sequential")
+
+    def place(self, checkpoint: Checkpoint) -> Placement:
+        """Choose a device for every name of a checkpoint.
+
+        Raises:
+            ConfigError: The map says nothing about a tensor.
+            DeviceError: The accelerators together have no room.
+        """
+        names = [*checkpoint.tensors, *checkpoint.aliases]
+        if self.spread:
+            return _place_by_room(checkpoint, self.spread, balanced=self.balanced)
+        if list(self.modules) == [""]:
+            return dict.fromkeys(names, self.modules[""])
+        return {name: self._find(name) for name in names}
+
+    def _find(self, name: str) -> DeviceSpec:
         module = name
-        while module and module not in devices:
+        while module and module not in self.modules:
             module = module.rpartition(".")[0]
-        if module not in devices:
+        if module not in self.modules:
             raise ConfigError(
                 f"device_map says nothing about `{name}`",
                 hint='add "" to it, for all that no other entry names',
             )
-        placement[name] = devices[module]
-    return placement
+        return self.modules[module]
+
+
+def _module(name: object, device: object) -> str:
+    if not isinstance(name, str) or str(device) in ("disk", "meta", *_SPREADS):
+        raise ConfigError(
+            f"device_map puts `{name}` on `{device}`",
+            hint="map names of modules to devices such as npu:0 or cpu",
+        )
+    return name
 
 
 def _place_by_room(
@@ -84,8 +106,8 @@ def _place_by_room(
         blocks[block] = blocks.get(block, 0) + checkpoint.tensors[name].nbytes
     free = [free_memory_bytes(device) for device in devices]
     room = [int(_ROOM * nbytes) for nbytes in free]
-    chosen = balance(list(blocks.values()), room) if balanced else None
-    chosen = chosen or fill(list(blocks.values()), room)
+    sizes = list(blocks.values())
+    chosen = (balance(sizes, room) if balanced else None) or fill(sizes, room)
     if chosen is None:
         there = ", ".join(
             f"{format_size(nbytes)} on {device}"
@@ -93,7 +115,7 @@ def _place_by_room(
         )
         raise DeviceError(
             f"the load needs {format_size(checkpoint.nbytes)}, and free are {there}, "
-            "of which a tenth is left alone",
+            "a tenth of which is left alone",
             hint="end what else uses the devices, or put modules on the cpu with a dict device_map",
         )
     of_block = dict(zip(blocks, (devices[number] for number in chosen), strict=True))

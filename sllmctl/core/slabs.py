@@ -54,26 +54,28 @@ class Slabs:
     Args:
         spec: The device.
         sizes: Of the tensors, in bytes.
+        slab_bytes: The least size of a slab. With equal ones, torch can use one again for another.
 
     Raises:
         DeviceError: The device has not so much memory free.
         DeviceUnavailable: The device is not there.
     """
 
-    def __init__(self, spec: DeviceSpec, sizes: Sequence[int]) -> None:
+    def __init__(self, spec: DeviceSpec, sizes: Sequence[int], *, slab_bytes: int = 0) -> None:
         import torch
 
         self.spec = spec
-        self.places, slab_bytes = plan_slabs(sizes)
-        check_device_memory(spec, sum(slab_bytes))
+        self.places, planned = plan_slabs(sizes)
+        needed = [max(nbytes, slab_bytes) for nbytes in planned]
+        check_device_memory(spec, sum(needed))
         self._slabs: list[torch.Tensor] = []
-        for nbytes in slab_bytes:
+        for nbytes in needed:
             try:
                 slab = torch.empty(nbytes, dtype=torch.uint8, device=str(spec))
             except RuntimeError as exc:  # torch's own OutOfMemoryError, where it has one, is one
                 reason = str(exc).strip().partition("\n")[0]
                 raise DeviceError(
-                    f"{spec} gives no {format_size(nbytes)} of the {format_size(sum(slab_bytes))} "
+                    f"{spec} gives no {format_size(nbytes)} of the {format_size(sum(needed))} "
                     f"that the load needs: {reason}",
                     hint="end what else uses the device, or spread the load over several with a "
                     "device_map",
@@ -88,7 +90,7 @@ class Slabs:
 
     def fetch(self, slab: int, start: int, end: int) -> memoryview:
         """Copy a part of a slab back to the host."""
-        return memoryview(self._slabs[slab][start:end].cpu().numpy())
+        return self._slabs[slab][start:end].cpu().numpy().data
 
     def tensor(
         self,
