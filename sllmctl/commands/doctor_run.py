@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,11 +21,12 @@ from sllmctl.doctor.examine import Examination, examine, matching
 from sllmctl.doctor.fix import plan
 from sllmctl.doctor.log_signatures import read_log
 from sllmctl.doctor.machine import Machine, Options
-from sllmctl.doctor.probe import DESCRIPTION, Probe, TreeProbe
+from sllmctl.doctor.probe import Probe
 from sllmctl.doctor.redact import Redactor, hide_secrets
 from sllmctl.doctor.report import differences, markdown, read_document
 from sllmctl.doctor.tables import load_tables
 from sllmctl.doctor.text import LANGUAGES, language_of
+from sllmctl.doctor.tree_probe import DESCRIPTION, TreeProbe
 from sllmctl.doctor.view import View, explain, lines, listing, log_lines
 from sllmctl.errors import ConfigError
 
@@ -233,7 +235,10 @@ def _view(lang: str, verbose: bool) -> View:
         # Paths and variables may hold bytes that are no text: they must not end the command.
         sys.stdout.reconfigure(errors="replace")
     language = lang or (language_of(dict(os.environ)) if _can_write("中文") else "en")
-    return View(language, _can_write("✓✗·"), hide_secrets, verbose)
+    terminal = sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if terminal else 0
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return View(language, _can_write("✓✗·"), hide_secrets, verbose, columns, colour)
 
 
 def _can_write(text: str) -> bool:

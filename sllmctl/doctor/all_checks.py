@@ -20,12 +20,13 @@ from sllmctl.doctor.checks import (
     server,
     sglang,
     sllm_store,
+    store,
     vllm,
 )
 
 MODULES = (
-    driver, cards, cann, nnal, environment, python, packages, sllm_store, vllm, sglang, network,
-    hub, memory, disk, container, server, deep,
+    driver, cards, cann, nnal, environment, python, packages, store, sllm_store, vllm, sglang,
+    network, hub, memory, disk, container, server, deep,
 )  # fmt: skip
 
 _order = list(GROUPS)

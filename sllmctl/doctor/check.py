@@ -19,6 +19,7 @@ GROUPS = {
     "NNAL": "NNAL / ATB",
     "ENV": "Environment",
     "PY": "Python packages",
+    "SVC": "Store of sllmctl",
     "STORE": "sllm-store",
     "VLLM": "vLLM",
     "SGL": "SGLang",

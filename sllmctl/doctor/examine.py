@@ -11,7 +11,9 @@ import sllmctl.doctor.all_checks  # noqa: F401  (registers them)
 from sllmctl.doctor.advice import Row, rows_for
 from sllmctl.doctor.check import CHECKS, PROFILES, Check, Finding, Status, say, skip
 from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.text import Text
 
+NEEDS = say("needs {id}", id="").template
 _BLOCKING = {Status.FAIL, Status.ERROR, Status.SKIP}
 
 
@@ -119,7 +121,7 @@ class _Run:
             return skip(say("leaves this machine: only with --net"))
         for needed in check.needs:
             if self._find(needed)[0].status in _BLOCKING:
-                return skip(say("needs {id}", id=needed))
+                return skip(Text(NEEDS, (("id", needed),)))
         try:
             return check.run(self._machine)
         except Exception as exc:  # a broken check must not hide the others

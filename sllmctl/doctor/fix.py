@@ -119,7 +119,9 @@ def env_script(m: Machine) -> str:
         "grep -Ev '^$|/(stub|devlib)(/|$)' | paste -sd:)"
     )
     lines.append(bypass(m))
-    lines.append("unset ASCEND_SLOG_PRINT_TO_STDOUT ATB_LOG_LEVEL ASDOPS_LOG_LEVEL")
+    lines.append(
+        "unset ASCEND_SLOG_PRINT_TO_STDOUT ATB_LOG_LEVEL ASDOPS_LOG_LEVEL HCCL_ENTRY_LOG_ENABLE"
+    )
     lines.append("export ASCEND_GLOBAL_LOG_LEVEL=3")
     return "\n".join(lines) + "\n"
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from sllmctl.doctor.ascend_dmi import parse_ascend_dmi
 from sllmctl.doctor.cann_files import (
     BASE,
     CannRoot,
@@ -21,7 +22,9 @@ from sllmctl.doctor.cann_files import (
 from sllmctl.doctor.distributions import Distributions
 from sllmctl.doctor.npu_smi import PCI_GENERATIONS, Smi, generation, parse_npu_smi
 from sllmctl.doctor.probe import Probe, Ran
+from sllmctl.doctor.store_answer import Answer
 from sllmctl.doctor.tables import Tables, load_tables
+from sllmctl.store.protocol import SOCKET_VARIABLE, SYSTEM_SOCKET
 
 _CARD = re.compile(r"davinci(\d{1,4})$")
 
@@ -127,13 +130,28 @@ class Machine:
     @cached_property
     def smi_ran(self) -> Ran | None:
         """`npu-smi info` as it ended; None where commands may not be run."""
-        return self.probe.run(["npu-smi", "info"]) if self.options.commands else None
+        if not self.options.commands:
+            return None
+        ran = self.probe.run(["npu-smi", "info"])
+        for place in ("/usr/local/sbin/npu-smi", "/usr/local/bin/npu-smi"):  # not in every PATH
+            if ran.code == 127 and self.probe.exists(place):
+                ran = self.probe.run([place, "info"])
+        return ran
 
     @cached_property
     def smi(self) -> Smi:
         """What `npu-smi info` said."""
         ran = self.smi_ran
         return parse_npu_smi(f"{ran.out}\n{ran.err}") if ran else Smi()
+
+    @cached_property
+    def dmi(self) -> dict[str, tuple[str, str]]:
+        """What `ascend-dmi -c` says of each package; empty without the toolbox."""
+        if not self.options.commands:
+            return {}
+        place = f"{BASE}/toolbox/latest/Ascend-DMI/bin/ascend-dmi"
+        ran = self.probe.run([place if self.probe.exists(place) else "ascend-dmi", "-c"])
+        return parse_ascend_dmi(ran.out)
 
     @cached_property
     def generation(self) -> str:
@@ -226,6 +244,37 @@ class Machine:
         names = [n for n in self.probe.listdir(path) if n.endswith((".safetensors", ".bin"))]
         nodes = [self.probe.stat(f"{path}/{name}") for name in names]
         return sum(node.size for node in nodes if node)
+
+    @cached_property
+    def store(self) -> tuple[str, Answer | None]:
+        """The first socket of a store that is there, and what answers; ("", None) without one.
+
+        Source: docs/reference/store-protocol.md, where a client looks.
+        """
+        runtime = self.env.get("XDG_RUNTIME_DIR")
+        usual = [f"{runtime}/sllmctl/store.sock"] if runtime else []
+        usual.append(str(SYSTEM_SOCKET))
+        said = self.env.get(SOCKET_VARIABLE)
+        for path in [posixpath.join(self.probe.host.cwd, said)] if said else usual:
+            if self.probe.lexists(path):
+                return path, self.probe.ask_store(path)
+        return "", None
+
+    def nearest(self, path: str) -> str | None:
+        """A directory, or the nearest one above it that is there."""
+        path = posixpath.normpath(posixpath.join(self.probe.host.cwd, path))
+        while not self.probe.is_dir(path):
+            if path == "/":
+                return None
+            path = posixpath.dirname(path)
+        return path
+
+    @cached_property
+    def swap_bytes(self) -> int:
+        """Swap space of the machine, used or not."""
+        text = self.probe.read_text("/proc/meminfo") or ""
+        match = re.search(r"^SwapTotal:\s*(\d{1,18}) kB", text, re.MULTILINE)
+        return int(match[1]) << 10 if match else 0
 
     @cached_property
     def has_ascend(self) -> bool:

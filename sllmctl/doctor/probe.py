@@ -1,14 +1,9 @@
-"""Everything that a check may touch, behind one object.
-
-`Probe` is this machine. `TreeProbe` is a machine in a directory: its files lie below the root, and
-what no file can say (device nodes, commands, ports, limits) stands in `machine.json` beside them.
-"""
+"""Everything that a check may touch, behind one object: this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import mmap
 import os
 import posixpath
@@ -16,17 +11,16 @@ import stat
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from sllmctl.doctor.elf import Elf, parse_elf
 from sllmctl.doctor.host import Host
+from sllmctl.doctor.store_answer import Answer, ask_store
 
 READ_BYTES = 64 << 10
 RUN_TIMEOUT_S = 10.0
 RUN_BYTES = 256 << 10
 CONNECT_TIMEOUT_S = 1.0
-DESCRIPTION = "machine.json"
+WALK_ENTRIES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +34,7 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A file system entry: kind is char, dir, file or other."""
+    """A file system entry: kind is char, dir, file, socket or other."""
 
     kind: str
     mode: int
@@ -103,6 +97,7 @@ class Probe:
             "char" if stat.S_ISCHR(mode)
             else "dir" if stat.S_ISDIR(mode)
             else "file" if stat.S_ISREG(mode)
+            else "socket" if stat.S_ISSOCK(mode)
             else "other"
         )  # fmt: skip
         return Node(
@@ -227,6 +222,30 @@ class Probe:
         except OSError:
             return False
 
+    def ask_store(self, path: str) -> Answer:
+        """What a store of sllmctl says at its socket, within two seconds."""
+        node = self.stat(path)
+        if node is None or node.kind != "socket":
+            return Answer("no socket")
+        return ask_store(path)
+
+    def bytes_below(self, path: str, most: int) -> int:
+        """Bytes of the files below a directory; stops when it has seen more than ``most``."""
+        total, todo, entries = 0, [path], 0
+        while todo and total <= most and entries < WALK_ENTRIES:
+            place = todo.pop()
+            for name in self.listdir(place):
+                entries += 1
+                inner = f"{place}/{name}"
+                if self.readlink(inner) is not None:
+                    continue
+                node = self.stat(inner)
+                if node is not None and node.kind == "dir":
+                    todo.append(inner)
+                elif node is not None:
+                    total += node.size
+        return total
+
     def get(self, url: str, timeout_s: float = 3.0, *, direct: bool = True) -> tuple[int, str]:
         """Status and body of an HTTP GET; status 0 with the reason if there is no answer.
 
@@ -289,130 +308,3 @@ class Probe:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(name)  # noqa: PTH108
-
-
-class TreeProbe(Probe):
-    """A machine in a directory: files below ``root``, the rest in its `machine.json`."""
-
-    def __init__(self, root: Path) -> None:
-        self._description = _describe(root / DESCRIPTION)
-        super().__init__(Host.described(self._description.get("host", {})), os.path.realpath(root))
-
-    def real(self, path: str) -> str | None:
-        """Where the bytes lie, inside the root."""
-        found = self._walk(path)
-        return None if found is None else self.root + found
-
-    def realpath(self, path: str) -> str:
-        """The path without links, as the machine in the tree would name it."""
-        return self._walk(path) or path
-
-    def stat(self, path: str) -> Node | None:
-        """What a path leads to; described nodes come first."""
-        node = self._node(path)
-        if node is None:
-            return super().stat(path)
-        return Node(
-            node.get("kind", "char"),
-            int(node.get("mode", 0o660)),
-            int(node.get("uid", 0)),
-            int(node.get("gid", 0)),
-        )
-
-    def listdir(self, path: str) -> list[str]:
-        """Names in the tree, and of described nodes."""
-        here = path.rstrip("/")
-        made = {
-            posixpath.basename(name)
-            for name in self._description.get("nodes", {})
-            if posixpath.dirname(name) == here
-        }
-        return sorted({*super().listdir(path), *made} - ({DESCRIPTION} if not here else set()))
-
-    def may(self, path: str, mode: int) -> bool:
-        """Access as the described user has it."""
-        node = self.stat(path)
-        if node is None:
-            return False
-        if self._node(path) is None:  # the tree's own files belong to whoever unpacked it
-            return os.access(self.real(path) or "", mode)
-        if self.host.dac_override:
-            return True
-        shift = (
-            6 if node.uid == self.host.euid
-            else 3 if node.gid in self.host.groups
-            else 0
-        )  # fmt: skip
-        return (node.mode >> shift & 7) & mode == mode
-
-    def run(self, argv: Sequence[str], timeout_s: float = RUN_TIMEOUT_S) -> Ran:
-        """A described command."""
-        ran = self._description.get("commands", {}).get(" ".join(argv))
-        if ran is None:
-            return Ran(127)
-        return Ran(ran.get("code", 0), ran.get("out", ""), ran.get("err", ""))
-
-    def connects(self, host: str, port: int) -> bool:
-        """Whether the port is a described one."""
-        return port in self._description.get("ports", [])
-
-    def get(self, url: str, timeout_s: float = 3.0, *, direct: bool = True) -> tuple[int, str]:
-        """A described answer."""
-        status, body = self._description.get("http", {}).get(url, (0, "connection refused"))
-        return int(status), str(body)
-
-    def space(self, path: str) -> Space | None:
-        """A described size, of the path or the nearest parent."""
-        spaces = self._description.get("space", {})
-        for place in _upwards(path):
-            if place in spaces:
-                return Space(*spaces[place])
-        return None
-
-    def direct_io(self, directory: str) -> bool | None:
-        """A described answer, of the path or the nearest parent."""
-        answers = self._description.get("direct_io", {})
-        return next((answers[place] for place in _upwards(directory) if place in answers), None)
-
-    def _node(self, path: str) -> dict[str, Any] | None:
-        node: dict[str, Any] | None = self._description.get("nodes", {}).get(path)
-        return node
-
-    def _walk(self, path: str, links: int = 40) -> str | None:
-        """Follow the links of a path inside the root; absolute targets stay inside it too."""
-        done: list[str] = []
-        todo = [part for part in path.split("/") if part not in ("", ".")]
-        while todo:
-            part = todo.pop(0)
-            if part == "..":
-                done = done[:-1]
-                continue
-            here = self.root + "/" + "/".join([*done, part])
-            try:
-                target = os.readlink(here)  # noqa: PTH115
-            except (OSError, ValueError):
-                done.append(part)
-                continue
-            links -= 1
-            if links < 0:
-                return None
-            if target.startswith("/"):
-                done = []
-            todo = [p for p in target.split("/") if p not in ("", ".")] + todo
-        return "/" + "/".join(done)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return description if isinstance(description, dict) else {}
-
-
-def _upwards(path: str) -> list[str]:
-    """A path and all its parents."""
-    places = [path.rstrip("/") or "/"]
-    while places[-1] != "/":
-        places.append(posixpath.dirname(places[-1]) or "/")
-    return places

@@ -67,6 +67,8 @@ class Tables:
         self.python: dict[str, list[str]] = document["python"]["rows"]
         self.cann_python: list[str] = document["cann_python"]["rows"]
         self.cann_python_more: list[str] = document["cann_python_more"]["rows"]
+        self.triton_ascend: list[list[str]] = document["triton_ascend"]["rows"]
+        self.sgl_kernel_head: dict[str, str] = document["sgl_kernel_npu"]["rows"][0]
         self.sglang: list[dict[str, str]] = document["sglang"]["rows"]
         self.signatures = [
             Signature(i, pattern, tuple(checks.split()), cause)
@@ -87,6 +89,14 @@ class Tables:
     def for_vllm_ascend(self, version: str) -> VllmRow | None:
         """The row of a vllm-ascend release, or None."""
         return next((r for r in self.vllm_ascend if public(version) in r.vllm_ascend), None)
+
+    def triton_ascend_for(self, vllm_ascend: str) -> str:
+        """The release of triton-ascend for a vllm-ascend, or "" where the table does not say."""
+        here = release(vllm_ascend)
+        for first, last, version in self.triton_ascend:
+            if here and release(first)[:3] <= here[:3] <= release(last)[:3]:
+                return version
+        return ""
 
     def for_cann_driver(self, cann: str) -> DriverRow | None:
         """What a CANN accepts as its driver, or None."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sllmctl.doctor.advice import ABOUT_ROWS, Row
 from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
-from sllmctl.doctor.examine import Examination, Outcome
+from sllmctl.doctor.examine import NEEDS, Examination, Outcome
+from sllmctl.doctor.layout import coloured, dim, pad, width_of, wrap
 from sllmctl.doctor.log_signatures import Match
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.redact import Hide
@@ -21,16 +22,30 @@ MARKS = {
     Status.ERROR: ("✗", "[XX]"),
     Status.SKIP: ("-", "[--]"),
 }
+_INDENT = 15
+_EVIDENCE = 4
+_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How to write: the language, whether marks may be Unicode, what to hide, and how much."""
+    """How to write.
+
+    Attributes:
+        language: A key of `LANGUAGES`.
+        unicode: Whether marks may be Unicode.
+        hide: Takes secrets out.
+        verbose: Whether what passed is shown, too.
+        columns: Width of the terminal; 0 breaks no line.
+        colour: Whether marks have colours, which say what the marks say.
+    """
 
     language: str
     unicode: bool
     hide: Hide
     verbose: bool = False
+    columns: int = 0
+    colour: bool = False
 
     def say(self, text: Text | str) -> str:
         """A sentence in the language of the view, without secrets."""
@@ -40,7 +55,22 @@ class View:
 
     def mark(self, status: Status) -> str:
         """The sign of a status."""
-        return MARKS[status][0 if self.unicode else 1]
+        sign = MARKS[status][0 if self.unicode else 1]
+        return coloured(sign, status) if self.colour else sign
+
+    def marked(self, status: Status, lead: str, text: str, indent: int = 0) -> list[str]:
+        """A sign, what leads the text, and the text, broken where it must be."""
+        sign = MARKS[status][0 if self.unicode else 1]
+        first, *rest = wrap(f"{' ' * indent}{sign} {lead}", text, self.columns)
+        return [first.replace(sign, self.mark(status), 1), *rest]
+
+    def wrapped(self, lead: str, text: str) -> list[str]:
+        """A text behind its lead, broken where it must be."""
+        return wrap(lead, text, self.columns)
+
+    def quiet(self, lines: list[str]) -> list[str]:
+        """Lines that may stand back."""
+        return [dim(line) for line in lines] if self.colour else lines
 
 
 def lines(done: Examination, view: View) -> list[str]:
@@ -51,16 +81,11 @@ def lines(done: Examination, view: View) -> list[str]:
         if outcome.selected:
             groups[outcome.check.group].append(outcome)
     shown = {group: members for group, members in groups.items() if _worth_showing(members, view)}
-    width = max((_width(view.say(GROUPS[group])) for group in shown), default=0)
+    width = max((width_of(view.say(GROUPS[group])) for group in shown), default=0)
     for group, members in shown.items():
         out += _group(view.say(GROUPS[group]), width, members, view)
     out += [*_rows(done.rows, view), "", *_verdict(done, view), "", *_counts(done, view)]
     return out
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal: Chinese characters take two."""
-    return sum(2 if ord(c) > 0x2E7F else 1 for c in text)
 
 
 def _worth_showing(members: list[Outcome], view: View) -> bool:
@@ -85,14 +110,14 @@ def _heading(m: Machine, view: View) -> list[str]:
     for name in ("torch", "torch-npu", "vllm-ascend", "sglang"):
         if version := m.dists.version(name):
             parts.append(f"{name.replace('-', '_') if name == 'torch-npu' else name} {version}")
-    return [view.hide(", ".join(parts))]
+    return view.wrapped("", view.hide(", ".join(parts)))
 
 
 def _group(name: str, width: int, members: list[Outcome], view: View) -> list[str]:
     counts = Counter(o.finding.status for o in members)
     worst = max((o.finding.status for o in members), key=lambda s: s.rank)
     lead = Status.PASS if worst in (Status.INFO, Status.SKIP) and counts[Status.PASS] else worst
-    out = [f"{view.mark(lead)} {name}{' ' * (width - _width(name))}  {_tally(counts, view)}"]
+    out = view.marked(lead, f"{pad(name, width)}  ", _tally(counts, view))
     for outcome in members:
         status = outcome.finding.status
         if status in (Status.PASS, Status.SKIP) and not view.verbose:
@@ -116,26 +141,29 @@ def _tally(counts: Counter[Status], view: View) -> str:
 
 def _problem(outcome: Outcome, view: View) -> list[str]:
     check, finding = outcome.check, outcome.finding
-    summary = view.say(finding.summary)
-    out = [f"    {view.mark(finding.status)} {check.id:<8} {summary}"]
+    out = view.marked(finding.status, f"{check.id:<8} ", view.say(finding.summary), indent=4)
     if finding.status in (Status.PASS, Status.SKIP):
         return out
-    indent = " " * 15
-    out += [f"{indent}{view.say(text)}" for text in finding.more]
+    indent = " " * _INDENT
+    for text in finding.more:
+        out += view.wrapped(indent, view.say(text))
     if finding.status is Status.INFO:
         return out
     why, fix, see = view.say("why:"), view.say("fix:"), view.say("seen:")
-    out.append(f"{indent}{why} {view.say(check.why)}")
-    for item in finding.evidence[:4] if not view.verbose else finding.evidence:
+    width = max(width_of(label) for label in (why, fix, see))
+    out += view.quiet(view.wrapped(f"{indent}{pad(why, width)} ", view.say(check.why)))
+    for item in finding.evidence if view.verbose else finding.evidence[:_EVIDENCE]:
+        # A path or a value is copied whole: it is not broken.
         value = f": {item.value}" if item.value else ""
-        out.append(f"{indent}{see} {view.hide(item.name + value)}")
+        line = f"{indent}{pad(see, width)} {view.hide(item.name + value)}"
+        out += view.quiet([line])
     if finding.fix:
-        out.append(f"{indent}{fix} {view.hide(finding.fix)}")
+        out.append(f"{indent}{pad(fix, width)} {view.hide(finding.fix)}")
     if finding.advice:
-        lead = fix if not finding.fix else " " * _width(fix)
-        out.append(f"{indent}{lead} {view.say(finding.advice)}")
+        lead = pad("" if finding.fix else fix, width)
+        out += view.wrapped(f"{indent}{lead} ", view.say(finding.advice))
     if finding.action:
-        out.append(f"{indent}{' ' * _width(fix)} sllmctl doctor --fix --only {check.id}")
+        out.append(f"{indent}{' ' * width} sllmctl doctor --fix --only {check.id}")
     return out
 
 
@@ -144,11 +172,10 @@ def _rows(rows: tuple[Row, ...], view: View) -> list[str]:
         return []
     out = ["", view.say("These parts were never released together. Choose one row:")]
     for row in rows:
-        parts = ", ".join(f"{part} {version}" for part, version in row.parts)
-        out.append(f"  {parts}")
-        here = ", ".join(row.here)
-        out.append("    " + view.say(say("already here: {parts}", parts=here or "-")))
-        out += [f"    {command}" for command in row.commands]
+        out += view.wrapped("  - ", ", ".join(f"{part} {version}" for part, version in row.parts))
+        here = view.say(say("already here: {parts}", parts=", ".join(row.here) or "-"))
+        out += view.wrapped("    ", here)
+        out += [f"    $ {command}" for command in row.commands]
     return out
 
 
@@ -159,15 +186,16 @@ def _verdict(done: Examination, view: View) -> list[str]:
     purpose = ", ".join(m.profiles)
     if not failed and not warned:
         if m.profiles == ("convert",) and not m.has_ascend:
-            return [
+            return view.wrapped(
+                "",
                 view.say(
-                    "No Ascend card or software is here. This machine can download, convert and "
-                    "verify checkpoints, and load them to the CPU; nothing stands in the way of "
-                    "that."
+                    "No Ascend card or software is here: this machine cannot serve models on NPU. "
+                    "It can download, convert and verify checkpoints, and load them to the CPU."
                 ),
-                view.say("For a machine with cards, run `sllmctl doctor` there."),
-            ]
-        return [view.say(say("This machine is ready ({purpose}).", purpose=purpose))]
+            )
+        return view.wrapped(
+            "", view.say(say("This machine is ready ({purpose}).", purpose=purpose))
+        )
     first = (failed or warned)[0]
     if failed:
         text = (
@@ -179,30 +207,47 @@ def _verdict(done: Examination, view: View) -> list[str]:
     else:
         text = say("This machine is usable ({purpose}), but look at this: {what}.",
                    purpose=purpose, what=first.finding.summary)  # fmt: skip
-    out = [view.say(text)]
+    out = view.wrapped("", view.say(text))
     if done.rows and first.check.id in ABOUT_ROWS:
-        out.append(
-            view.say("Choose one of the rows above first: each fix alone may break another.")
+        out += view.wrapped(
+            "", view.say("Choose one of the rows above first: each fix alone may break another.")
         )
     elif first.finding.fix:
         out += [view.say("Do this first:"), f"  {view.hide(first.finding.fix)}"]
     elif first.finding.advice:
-        out += [view.say("Do this first:"), f"  {view.say(first.finding.advice)}"]
+        out.append(view.say("Do this first:"))
+        out += view.wrapped("  ", view.say(first.finding.advice))
     out.append(view.say(say("More about it: sllmctl doctor --explain {id}", id=first.check.id)))
     return out
 
 
 def _counts(done: Examination, view: View) -> list[str]:
+    """How many ended how, and why the rest was not looked at."""
     out = [_tally(done.counts, view)]
     reasons: dict[str, list[str]] = defaultdict(list)
     for outcome in done.of(Status.SKIP):
-        reasons[view.say(outcome.finding.summary)].append(outcome.check.id)
-    if reasons:
-        out.append(view.say("not checked:"))
-        for reason, ids in reasons.items():
-            names = " ".join(ids) if len(ids) <= 6 or view.verbose else str(len(ids))
-            out.append(f"  {names}: {reason}")
+        reasons[view.say(_reason(outcome, done))].append(outcome.check.id)
+    for reason, ids in reasons.items():
+        one_group = len({CHECKS[id].group for id in ids}) == 1  # noqa: A001
+        names = (
+            " ".join(ids) if len(ids) <= _NAMED
+            else f"{ids[0]} ... {ids[-1]}" if one_group
+            else str(len(ids))
+        )  # fmt: skip
+        out += view.quiet(view.wrapped(f"  {names}: ", reason))
     return out
+
+
+def _reason(outcome: Outcome, done: Examination) -> Text:
+    """Why a check was left out; where another was that it needs, why that one was."""
+    reasons = {o.check.id: o.finding.summary for o in done.of(Status.SKIP)}
+    found, seen = outcome.finding.summary, {outcome.check.id}
+    while found.template == NEEDS and (needed := str(dict(found.values)["id"])) in reasons:
+        if needed in seen:
+            break
+        seen.add(needed)
+        found = reasons[needed]
+    return found
 
 
 def log_lines(matches: list[Match], done: Examination | None, view: View) -> list[str]:
@@ -212,7 +257,7 @@ def log_lines(matches: list[Match], done: Examination | None, view: View) -> lis
     out = []
     for match in matches:
         times = view.say(say("{count} times", count=match.count)) if match.count > 1 else ""
-        out.append(f"{view.mark(Status.FAIL)} {view.say(match.cause)}")
+        out += view.marked(Status.FAIL, "", view.say(match.cause))
         place = view.say(say("line {number}", number=match.line_number))
         shown = match.line if len(match.line) <= 160 else match.line[:157] + "..."
         out.append(f"    {', '.join(filter(None, [place, times]))}: {view.hide(shown)}")
@@ -236,9 +281,11 @@ def explain(check: Check, view: View) -> list[str]:
         (view.say("needs:"), ", ".join(check.needs) or "-"),
         (view.say("touches:"), view.say(TOUCHES[check.level])),
     ]
-    width = max(_width(label) for label, _ in labels)
-    body = [f"  {label}{' ' * (width - _width(label))} {text}" for label, text in labels]
-    return [f"{check.id}  {view.say(check.title)}", "", *body]
+    width = max(width_of(label) for label, _ in labels)
+    out = [*view.wrapped(f"{check.id}  ", view.say(check.title)), ""]
+    for label, text in labels:
+        out += view.wrapped(f"  {pad(label, width)} ", text)
+    return out
 
 
 TOUCHES = {
@@ -256,5 +303,5 @@ def listing(view: View) -> list[str]:
         if check.group != group:
             group = check.group
             out += ["", view.say(GROUPS[group])]
-        out.append(f"  {check.id:<8} {view.say(check.title)}")
+        out += view.wrapped(f"  {check.id:<8} ", view.say(check.title))
     return out[1:]

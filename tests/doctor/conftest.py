@@ -15,6 +15,7 @@ from tests.doctor import (  # noqa: F401  (registers them)
     scenarios_driver,
     scenarios_engines,
     scenarios_packages,
+    scenarios_service,
     scenarios_site,
     scenarios_store,
 )

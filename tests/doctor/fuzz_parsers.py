@@ -17,10 +17,10 @@ from sllmctl.doctor.host import Host
 from sllmctl.doctor.log_signatures import read_log
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.npu_smi import generation, parse_npu_smi
-from sllmctl.doctor.probe import TreeProbe
 from sllmctl.doctor.proxies import grpc_proxied, http_proxied
 from sllmctl.doctor.redact import Redactor
 from sllmctl.doctor.tables import driver_verdict, load_tables
+from sllmctl.doctor.tree_probe import TreeProbe
 from sllmctl.doctor.versions import cann_base, cann_key, dotted_in, driver_key, public, release
 from tests.doctor.elf_file import shared_library
 from tests.doctor.smi_output import cards, render

@@ -12,7 +12,7 @@ from pathlib import Path
 from sllmctl.doctor.check import Status
 from sllmctl.doctor.examine import Examination, examine
 from sllmctl.doctor.machine import Machine, Options
-from sllmctl.doctor.probe import TreeProbe
+from sllmctl.doctor.tree_probe import TreeProbe
 from tests.doctor.tree import Tree, good
 
 Delta = Callable[[Tree], object]

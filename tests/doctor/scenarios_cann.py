@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from sllmctl.doctor.machine import Options
 from tests.doctor.scenario import scenario
 from tests.doctor.smi_output import cards, render
@@ -208,3 +210,25 @@ def own_numbers(t: Tree) -> None:
 @scenario("two versions installed", {"CANN002": "info"}, base=row_91)
 def two_versions(t: Tree) -> None:
     t.directory(f"{A}/cann-9.0.0/opp")
+
+
+@scenario("old logs of many GB", {"ENV007": "info"}, says="5 GB")
+def old_logs(t: Tree) -> None:
+    t.file("root/ascend/log/debug/plog/plog-1.log", b"x")
+    os.truncate(t.root / "root/ascend/log/debug/plog/plog-1.log", 6 << 30)
+
+
+@scenario("set_env.sh in ~/.bashrc alone", {"ENV001": "fail", "NNAL003": "fail"})
+def in_bashrc(t: Tree) -> None:
+    t.env = {"CONDA_PREFIX": "/opt/npu"}
+    t.file("root/.bashrc", "source /usr/local/Ascend/ascend-toolkit/set_env.sh\n")
+
+
+@scenario("torch_npu kept from loading", {"ENV009": "info"}, says="AUTOLOAD")
+def no_autoload(t: Tree) -> None:
+    t.env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+
+@scenario("logs of HCCL", {"ENV007": "warn"}, says="HCCL_ENTRY_LOG_ENABLE")
+def hccl_logs(t: Tree) -> None:
+    t.env["HCCL_ENTRY_LOG_ENABLE"] = "1"

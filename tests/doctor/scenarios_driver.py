@@ -5,11 +5,7 @@ from __future__ import annotations
 from sllmctl.doctor.machine import Options
 from tests.doctor.scenario import scenario
 from tests.doctor.smi_output import cards, render
-from tests.doctor.tree import (
-    A,
-    Tree,
-    row_91,
-)
+from tests.doctor.tree import A, Tree, good, row_91, torch_npu
 
 LATEST = f"/{A}/ascend-toolkit/latest"
 
@@ -179,3 +175,65 @@ def unknown_chip(t: Tree) -> None:
         (device / "device").write_text("0xd900\n")
         (device / "class").write_text("0x120000\n")
     t.command("npu-smi info", render("25.0.rc1.1", cards(name="Ascend1000")))
+
+
+def dmi(driver: str = "OK", firmware: str = "OK", toolkit: str = "OK") -> str:
+    """`ascend-dmi -c`, as far as the manual describes it."""
+    rows = [
+        ("toolkit", "9.5.0", toolkit, "V100R001C11", "driver"),
+        ("toolbox", "6.0.RC1", "OK", "NA", "NA"),
+        ("npu-driver", "25.0.rc1.1", driver, "V100R001C21", "firmware"),
+        ("npu-firmware", "7.7.0.1.231", firmware, "NA", "NA"),
+    ]
+    lines = [
+        "System Information",
+        "Architecture  aarch64",
+        "Type  NPU",
+        "Compatibility Check Result",
+        "| Package | Version | Status | Innerversion | Dependencies |",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@scenario("ascend-dmi finds all in order")
+def good_dmi(t: Tree) -> None:
+    t.command("ascend-dmi -c", dmi())
+
+
+@scenario("ascend-dmi says something unknown")
+def unknown_dmi(t: Tree) -> None:
+    t.command("ascend-dmi -c", "Failed to load the libdcmi.so dynamic library. Check the "
+              "environment configuration dependency.\n", 1)  # fmt: skip
+
+
+@scenario("ascend-dmi finds the firmware wrong", {"DRV006": "fail"}, says="npu-firmware")
+def firmware_by_dmi(t: Tree) -> None:
+    t.command("ascend-dmi -c", dmi(firmware="INCOMPATIBLE PACKAGE"))
+
+
+@scenario(
+    "ascend-dmi finds a CANN to come wrong",
+    {"DRV008": "warn", "PY006": "info"},
+    base=lambda t: good(t, "9.5.0", "27.0.0"),
+    options=BASE,
+    says="ascend-dmi",
+)
+def toolkit_by_dmi(t: Tree) -> None:
+    t.dist("torch", "2.14.0")
+    torch_npu(t, "2.14.0", "2.14.0")
+    tool = "usr/local/Ascend/toolbox/latest/Ascend-DMI/bin/ascend-dmi"
+    t.file(tool)
+    t.command(f"/{tool} -c", dmi(toolkit="INCOMPATIBLE PACKAGE"))
+
+
+@scenario("npu-smi outside of PATH")
+def tool_outside(t: Tree) -> None:
+    t.commands["/usr/local/sbin/npu-smi info"] = t.commands.pop("npu-smi info")
+    t.file("usr/local/sbin/npu-smi")
+    t.file("usr/local/dcmi/libdcmi.so")
+
+
+@scenario("npu-smi without its library", {"DRV007": "info"}, says="libdcmi.so")
+def no_dcmi(t: Tree) -> None:
+    t.file("usr/local/bin/npu-smi")

@@ -177,3 +177,63 @@ def hanging(t: Tree) -> None:
 @scenario("memory that cannot be pinned", {"DEEP004": "fail"}, options=DEEP, says="207001")
 def not_pinned(t: Tree) -> None:
     _children(t, pinned=1)
+
+
+@scenario("an image for A3 on A2", {"VLLM005": "warn"}, says="made for A3")
+def other_image(t: Tree) -> None:
+    t.env["SOC_VERSION"] = "ascend910_9391"
+
+
+@scenario("an image for A2 on A2", base=row_85)
+def right_image(t: Tree) -> None:
+    t.env["SOC_VERSION"] = "ascend910b1"
+    t.file(f"{A}/cann-8.5.0/aarch64-linux/ascend_ops_install.info",
+           "package_name=Ascend-cann-910b-ops\nversion=8.5.0\n")  # fmt: skip
+
+
+@scenario("operators of A3 beside those of A2", {"VLLM005": "warn"}, base=row_85)
+def other_package(t: Tree) -> None:
+    t.file(f"{A}/cann-8.5.0/aarch64-linux/ascend_ops_install.info",
+           "package_name=Ascend-cann-A3-ops\nversion=8.5.0\n")  # fmt: skip
+
+
+@scenario("triton-ascend of another row", {"PY011": "warn"}, base=row_85, says="3.2.0")
+def other_triton(t: Tree) -> None:
+    t.dist("triton_ascend", "3.2.1")
+
+
+@scenario("SGLang without its operators", {"SGL002": "fail"}, base=with_sglang)
+def no_sgl_kernel(t: Tree) -> None:
+    t.undist("sgl_kernel_npu")
+
+
+KERNELS = Options(profiles=("base", "sglang"), source="/root/sgl-kernel-npu")
+HEAD, TAGGED = "f425bdf" + "0" * 33, "a1b2c3d" + "0" * 33
+
+
+def _clone(t: Tree, head: str) -> None:
+    git = "root/sgl-kernel-npu/.git"
+    t.directory("root/sgl-kernel-npu/python/deep_ep")
+    t.file(f"{git}/HEAD", f"{head}\n")
+    t.file(f"{git}/refs/heads/main", f"{HEAD}\n")
+    t.file(
+        f"{git}/packed-refs",
+        "# pack-refs with: peeled fully-peeled sorted\n"
+        f"{'e' * 40} refs/tags/2025.09.01\n^{TAGGED}\n",
+    )
+
+
+@scenario(
+    "guide 2: sgl-kernel-npu cloned without a tag",
+    {"SGL004": "warn"},
+    base=with_sglang,
+    options=KERNELS,
+    says="torch 2.6.0, CANN 8.2.RC1",
+)
+def no_tag(t: Tree) -> None:
+    _clone(t, "ref: refs/heads/main")
+
+
+@scenario("sgl-kernel-npu at a tag", base=with_sglang, options=KERNELS)
+def tagged(t: Tree) -> None:
+    _clone(t, TAGGED)

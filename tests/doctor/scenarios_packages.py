@@ -96,7 +96,6 @@ def first_guide_store(t: Tree) -> None:
     t.dist("torch", "2.4.0")
     torch_npu(t, "2.4.0.post2", "2.4.0")
     store(t)
-    t.more["ports"] = [8073]
 
 
 @scenario("torch_npu 2.4.0 on CANN 8.1.RC1", {"PY006": "warn"}, options=BASE)
@@ -227,3 +226,32 @@ def plain_index(t: Tree) -> None:
 def no_wheel(t: Tree) -> None:
     good_tools(t)
     t.undist("wheel")
+
+
+@scenario("pip of another Python", {"PY002": "warn"}, says="/usr/local")
+def other_pip(t: Tree) -> None:
+    t.env["PATH"] = "/usr/local/bin:/opt/npu/bin"
+    t.file("usr/local/bin/pip", "#!/usr/local/bin/python3.10\nimport sys\n")
+    t.file("opt/npu/bin/pip", "#!/opt/npu/bin/python3.10\n")
+
+
+@scenario("pip of this Python")
+def own_pip(t: Tree) -> None:
+    t.env["PATH"] = "/opt/npu/bin:/usr/local/bin"
+    t.file("usr/local/bin/pip", "#!/usr/local/bin/python3.10\nimport sys\n")
+    t.file("opt/npu/bin/pip", "#!/opt/npu/bin/python3.10\n")
+
+
+@scenario("a trusted host", {"PY015": "info"}, says="mirror.example")
+def trusted(t: Tree) -> None:
+    t.file("etc/pip.conf", "[global]\ntrusted-host = mirror.example\n")
+
+
+@scenario("numpy 2 on CANN 9.1", base=row_91)
+def numpy_of_91(t: Tree) -> None:
+    t.dist("numpy", "2.1.3")
+
+
+@scenario("opencv on aarch64", {"PY014": "info"})
+def late_opencv(t: Tree) -> None:
+    t.dist("opencv_python_headless", "4.11.0.86")

@@ -197,3 +197,50 @@ def empty(t: Tree) -> None:
     t.host["cwd"] = "/"
     t.file("proc/self/mountinfo", "1 0 0:1 / / rw - overlay overlay rw\n")
     t.command("npu-smi info", render("25.2.0", cards(1)))
+
+
+@scenario("an endpoint with a slash", {"HUB001": "warn"}, says="slash")
+def slash(t: Tree) -> None:
+    t.env["HF_ENDPOINT"] = "https://hf-mirror.com/"
+
+
+@scenario("a hub's cache that cannot be written", {"HUB002": "warn"})
+def closed_cache(t: Tree) -> None:
+    t.nodes["/root"] = {"kind": "dir", "mode": 0o555, "uid": 0, "gid": 0}
+    t.host |= {"euid": 1001, "groups": [1000, 1001], "dac_override": False, "cwd": "/data"}
+
+
+@scenario("a disk that turns", {"IO003": "info"}, options=Options(storage_path="/data/models"))
+def turning(t: Tree) -> None:
+    t.file("sys/block/sda/queue/rotational", "1\n")
+    t.directory("sys/block/sda/sda1")
+    t.link("sys/dev/block/259:0", "../../block/sda/sda1")
+
+
+@scenario("a full /tmp", {"IO001": "warn"}, says="/tmp")
+def full_tmp(t: Tree) -> None:
+    t.more["space"]["/tmp"] = [1 << 30, 1 << 20, 0, 0]
+
+
+@scenario("a private umask", {"IO004": "info"})
+def private(t: Tree) -> None:
+    t.change("proc/self/status", "Umask:\t0022", "Umask:\t0077")
+
+
+@scenario("no /dev/shm", {"MEM003": "fail"}, says="there is no")
+def no_shm(t: Tree) -> None:
+    t.remove("dev/shm")
+
+
+@scenario("a small /dev/shm, and one card", {"MEM003": "warn"})
+def small_shm_one_card(t: Tree) -> None:
+    t.more["space"]["/dev/shm"] = [64 << 20, 64 << 20, 0, 0]
+    t.nodes = {name: node for name, node in t.nodes.items() if name[-1] not in "1234567"}
+    t.command("npu-smi info", render("25.0.rc1.1", cards(1)))
+
+
+@scenario("an old Docker's filter", {"CTR003": "info"}, says="4.19")
+def filtered(t: Tree) -> None:
+    good_container(t)
+    t.host["kernel"] = "4.19.90-2107.6.0.oe1"
+    t.change("proc/self/status", "Seccomp:\t0", "Seccomp:\t2")

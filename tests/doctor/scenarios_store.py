@@ -6,13 +6,7 @@ import json
 
 from sllmctl.doctor.machine import Options
 from tests.doctor.scenario import scenario
-from tests.doctor.tree import (
-    SITE,
-    Tree,
-    good,
-    store,
-    torch_npu,
-)
+from tests.doctor.tree import SITE, A, Tree, good, server, store, torch_npu
 
 GLOG = f"{SITE[1:]}/sllm_store/libglog.so"
 
@@ -26,7 +20,6 @@ def with_store(t: Tree) -> None:
     t.dist("torch", "2.4.0")
     torch_npu(t, "2.4.0.post2", "2.4.0")
     store(t)
-    t.more["ports"] = [8073]
 
 
 def source_tree(t: Tree) -> str:
@@ -41,7 +34,8 @@ def source_tree(t: Tree) -> str:
 
 
 def model(t: Tree, **files: str | bytes) -> None:
-    t.file(f"{MODEL}/config.json", "{}")
+    for name in ("config", "no_split_modules", "tied_no_split_modules"):
+        t.file(f"{MODEL}/{name}.json", "{}")
     for name, content in files.items():
         t.file(f"{MODEL}/{name.replace('__', '.')}", content)
 
@@ -66,7 +60,6 @@ def untested(t: Tree) -> None:
     t.dist("torch", "2.5.1")
     torch_npu(t, "2.5.1.post1", "2.5.1")
     store(t)
-    t.more["ports"] = [8073]
 
 
 @scenario("grpcio older than the generated code", {"PY012": "fail"}, base=with_store)
@@ -86,7 +79,7 @@ def dangling_glog(t: Tree) -> None:
 
 @scenario(
     "libglog.so is missing, the build has it",
-    {"STORE002": "fail"},
+    {"STORE001": "info", "STORE002": "fail"},
     base=with_store,
     says="does not lie beside",
 )
@@ -262,3 +255,88 @@ def no_use_cann(t: Tree) -> None:
 @scenario("a source that can be built", base=with_store, options=SOURCE)
 def good_source(t: Tree) -> None:
     _source(t)
+
+
+@scenario("a server of sllm-store in another container", {"STORE008": "warn"}, base=with_store)
+def unseen_server(t: Tree) -> None:
+    t.remove("proc/4711")
+    del t.nodes["/proc/4711"]
+
+
+@scenario("a server with process ids of its own", {"STORE008": "warn"}, base=with_store)
+def other_ids(t: Tree) -> None:
+    t.link("proc/4711/ns/pid", "pid:[4026532999]")
+
+
+@scenario("a server of another user", {"STORE008": "warn"}, base=with_store, says="1001")
+def other_user(t: Tree) -> None:
+    server(t, user=1001)
+    t.host |= {"euid": 1002, "groups": [1000, 1002]}
+
+
+@scenario("a server that sees another card", {"STORE008": "warn"}, base=with_store, says="0 and -")
+def other_card(t: Tree) -> None:
+    t.file("proc/4711/environ", "ASCEND_RT_VISIBLE_DEVICES=0\0")
+
+
+@scenario("sllm-store on a CANN to come", {"CANN003": "info", "DRV008": "info", "PY006": "info"},
+          base=lambda t: good(t, "9.5.0", "27.0.0"))  # fmt: skip
+def new_cann(t: Tree) -> None:
+    untested(t)
+    t.dist("torch", "2.14.0")
+    torch_npu(t, "2.14.0", "2.14.0")
+
+
+@scenario("sllm-store of another transformers", {"PY012": "info"}, base=with_store)
+def other_transformers(t: Tree) -> None:
+    t.dist("serverless_llm_store", "0.0.1", requires=["transformers==4.47.1", "accelerate==1.2.1"])
+    t.dist("transformers", "4.57.0")
+
+
+def _extensions(t: Tree, runpath: str) -> None:
+    for name in ("_C", "_checkpoint_store"):
+        t.elf(
+            f"{SITE[1:]}/sllm_store/{name}.cpython-310-aarch64-linux-gnu.so",
+            needed=["libtorch_npu.so"],
+            runpath=runpath,
+        )
+
+
+@scenario("extensions of another environment", {"STORE003": "warn"}, base=with_store)
+def other_runpath(t: Tree) -> None:
+    _extensions(t, "$ORIGIN:/root/miniconda3/envs/sllm-worker/lib/python3.10/site-packages/torch")
+
+
+@scenario("extensions whose build is gone", {"STORE003": "info"}, base=with_store, says="gone")
+def gone_runpath(t: Tree) -> None:
+    _extensions(t, "/root/ServerlessLLM/build/lib:$ORIGIN")
+
+
+@scenario("a model without what lies beside it", {"STORE007": "info"}, base=with_store,
+          options=Options(model=f"/{MODEL}"))  # fmt: skip
+def bare_model(t: Tree) -> None:
+    converted(t)
+    t.remove(f"{MODEL}/no_split_modules.json")
+
+
+@scenario("sllm-store without NNAL", {"NNAL001": "info"}, base=with_store)
+def store_without_nnal(t: Tree) -> None:
+    t.remove(f"{A}/nnal")
+    del t.env["ATB_HOME_PATH"]
+    t.env["LD_LIBRARY_PATH"] = ":".join(
+        e for e in t.env["LD_LIBRARY_PATH"].split(":") if "nnal" not in e
+    )
+
+
+@scenario("engine settings of the kernel", {"MEM004": "info"}, base=with_store, says="swappiness")
+def slow_kernel(t: Tree) -> None:
+    t.file("proc/sys/vm/swappiness", "60\n")
+    t.file("proc/sys/kernel/numa_balancing", "1\n")
+    t.file("sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]\n")
+    t.file("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "powersave\n")
+    t.change("proc/meminfo", "SwapTotal: 0 kB", "SwapTotal: 8388608 kB\nSwapFree: 4194304 kB")
+
+
+@scenario("few open files", {"IO004": "warn"}, base=with_store, says="1024")
+def few_files(t: Tree) -> None:
+    t.host["open_files"] = 1024

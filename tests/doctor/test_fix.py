@@ -10,7 +10,7 @@ import pytest
 
 from sllmctl.doctor.fix import env_script
 from sllmctl.doctor.machine import Machine
-from sllmctl.doctor.probe import TreeProbe
+from sllmctl.doctor.tree_probe import TreeProbe
 from sllmctl.errors import ConfigError
 from tests.doctor.conftest import Doctor
 from tests.doctor.tree import SITE

@@ -13,7 +13,8 @@ from sllmctl.doctor.check import Status
 from sllmctl.doctor.examine import examine
 from sllmctl.doctor.host import Host
 from sllmctl.doctor.machine import Machine
-from sllmctl.doctor.probe import Probe, TreeProbe
+from sllmctl.doctor.probe import Probe
+from sllmctl.doctor.tree_probe import TreeProbe
 from tests.doctor.tree import A, Tree, good
 
 

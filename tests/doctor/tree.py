@@ -165,6 +165,10 @@ def _files_of_system(t: Tree) -> None:
     t.directory("opt/npu/bin")
     t.directory("root")
     t.directory("data/models")
+    t.directory("dev/shm")
+    t.file("proc/self/cgroup", "0::/\n")
+    t.file("proc/self/status", "Name:\tpython3\nUmask:\t0022\nSeccomp:\t0\n")
+    t.link("proc/self/ns/pid", "pid:[4026531836]")
     t.directory("tmp")
     t.more["space"] = {
         "/": [1 << 40, 1 << 39, 1 << 26, 1 << 25],
@@ -306,6 +310,16 @@ def store(t: Tree) -> None:
         f"{package}/proto/storage_pb2_grpc.py", "GRPC_GENERATED_VERSION = '1.49.1'\nimport grpc\n"
     )
     t.dist("grpcio", "1.49.1")
+    server(t)
+
+
+def server(t: Tree, user: int = 0) -> None:
+    """The server of sllm-store, as a process."""
+    t.more["ports"] = [8073]
+    t.nodes["/proc/4711"] = {"kind": "dir", "mode": 0o555, "uid": user, "gid": user}
+    t.file("proc/4711/cmdline", "/usr/bin/python3\0/opt/npu/bin/sllm-store\0start\0")
+    t.file("proc/4711/environ", "PATH=/usr/bin\0LANG=C.UTF-8\0")
+    t.link("proc/4711/ns/pid", "pid:[4026531836]")
 
 
 def row_85(t: Tree) -> Tree:

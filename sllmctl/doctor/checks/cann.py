@@ -121,7 +121,10 @@ def tested(m: Machine) -> Finding:
             return info(say("CANN {version}; {wanted} is the tested one for what is installed",
                             version=version, wanted=wanted), seen)  # fmt: skip
         return ok(say("CANN {version} is a tested one", version=version), seen)
-    return warn(
+    newest = max(filter(None, (cann_key(row.cann) for row in m.tables.torch_npu)))
+    here = cann_key(version)
+    # What no table knows yet is no fault of the machine.
+    return (info if here is None or here > newest else warn)(
         say("sllm-store was not tested with CANN {version} but with {wanted}",
             version=version, wanted=wanted),
         seen,
@@ -133,14 +136,15 @@ def tested(m: Machine) -> Finding:
     "CANN004",
     title="the installation of CANN is complete",
     why="torch_npu refuses to start without runtime, compiler and operators",
-    looks_at="lib64/libascendcl.so, opp, runtime, compiler; for builds include/acl/acl.h",
+    looks_at="libascendcl.so, libhccl.so and libge_runner.so in lib64, opp, runtime, compiler; for "
+    "builds include/acl/acl.h",
     profiles="base build",
     needs=("CANN001",),
 )
 def complete(m: Machine) -> Finding:
     assert m.cann is not None
     root = m.cann.path
-    wanted = ["lib64/libascendcl.so", "opp", "runtime"]
+    wanted = ["lib64/libascendcl.so", "lib64/libhccl.so", "opp", "runtime"]
     if m.cann.runtime_only and "build" in m.profiles:
         return fail(
             say("{path} is the runtime alone: nothing can be built with it", path=root),
@@ -148,7 +152,7 @@ def complete(m: Machine) -> Finding:
             fix=f"./Ascend-cann-toolkit_{m.cann.version}_linux-{m.arch}.run --install",
         )
     if not m.cann.runtime_only:
-        wanted.append("compiler")
+        wanted += ["compiler", "lib64/libge_runner.so"]
     if "build" in m.profiles:
         wanted.append("include/acl/acl.h")
     missing = [name for name in wanted if not _anywhere(m, root, name)]

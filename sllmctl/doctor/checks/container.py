@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from sllmctl.doctor.check import Finding, Status, check, env, fail, file, info, ok, say, skip, warn
+import re
+
+from sllmctl.doctor.check import (
+    Finding,
+    Status,
+    check,
+    env,
+    fail,
+    file,
+    info,
+    limit,
+    ok,
+    say,
+    skip,
+    warn,
+)
 from sllmctl.doctor.checks.driver import SHARED_NODES
 from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.versions import release
+
+# glibc 2.34 starts threads by clone3; hosts with such kernels are of the time of older Docker.
+_CLONE3_GLIBC, _OLD_KERNEL = (2, 34), (5, 10)
 
 _FILES = (
     "/usr/local/dcmi",
@@ -64,3 +83,26 @@ def variable(m: Machine) -> Finding:
             fix=f"export ASCEND_RT_VISIBLE_DEVICES={value}",
         )
     return ok(say("cards are chosen by the right variable, or not at all"))
+
+
+@check(
+    "CTR003",
+    title="the container's system-call filter knows this C library",
+    why="Docker before 20.10.10 refuses clone3: a newer C library then cannot start a thread",
+    looks_at="in a container: Seccomp in /proc/self/status, the C library and the kernel",
+    severity=Status.INFO,
+)
+def filtered(m: Machine) -> Finding:
+    if not m.in_container:
+        return skip(say("this is no container"))
+    filter_on = re.search(r"^Seccomp:\s*2$", m.probe.read_text("/proc/self/status") or "", re.M)
+    glibc, kernel = release(m.probe.host.glibc)[:2], release(m.probe.host.kernel)[:2]
+    if filter_on and glibc >= _CLONE3_GLIBC and () < kernel < _OLD_KERNEL:
+        return info(
+            say("an old kernel ({kernel}) filters the system calls of a newer C library ({glibc})",
+                kernel=m.probe.host.kernel, glibc=m.probe.host.glibc),
+            file("/proc/self/status", "Seccomp: 2"),
+            limit("kernel", m.probe.host.kernel),
+            fix="docker run --security-opt seccomp=unconfined ...  # or Docker 20.10.10 or later",
+        )  # fmt: skip
+    return ok(say("nothing filters what this C library needs"))

@@ -24,6 +24,7 @@ from sllmctl.doctor.tables import driver_verdict
 from sllmctl.doctor.versions import cann_key, dotted_in, starts_with
 
 SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+_WRONG = "incompatible"
 _COMPATIBLE = re.compile(r"V100R001C(\d+)")
 _INTERVAL = re.compile(r"\[([^,\]]*),([^\]]*)\]")
 
@@ -194,8 +195,9 @@ def driver_complete(m: Machine) -> Finding:
     "DRV006",
     title="driver and firmware go together",
     why="each names the versions of the other that it accepts",
-    looks_at="Compatibility in `npu-smi info -t board`; compatible_version_fw of the driver "
-    "against Version of the firmware, and compatible_version_drv the other way round",
+    looks_at="Compatibility in `npu-smi info -t board`, and `ascend-dmi -c` where the toolbox is "
+    "installed; compatible_version_fw of the driver against Version of the firmware, and "
+    "compatible_version_drv the other way round",
     needs=("DRV004",),
 )
 def firmware(m: Machine) -> Finding:
@@ -207,6 +209,13 @@ def firmware(m: Machine) -> Finding:
         return fail(
             say("npu-smi says that driver and firmware do not go together"),
             cmd(said[0], f"Compatibility: {said[1]}"),
+            advice=say("install driver and firmware of the same release, then reboot"),
+        )
+    wrong = [n for n in ("npu-driver", "npu-firmware") if m.dmi.get(n, ("", ""))[1] == _WRONG]
+    if wrong:
+        return fail(
+            say("ascend-dmi says that {name} does not fit", name=wrong[0]),
+            cmd("ascend-dmi -c", f"{wrong[0]} {m.dmi[wrong[0]][0]}: incompatible"),
             advice=say("install driver and firmware of the same release, then reboot"),
         )
     if said and not version:
@@ -253,7 +262,7 @@ def _board(m: Machine) -> tuple[str, str] | None:
     title="the driver's libraries can be loaded",
     why="torch_npu and CANN load libascend_hal.so from the driver",
     looks_at="libascend_hal.so below the driver, its machine, and whether LD_LIBRARY_PATH or the "
-    "loader's cache leads to it",
+    "loader's cache leads to it; libdcmi.so beside npu-smi",
     needs=("DRV004",),
 )
 def driver_libraries(m: Machine) -> Finding:
@@ -285,6 +294,13 @@ def driver_libraries(m: Machine) -> Finding:
             file(path, "not in LD_LIBRARY_PATH"),
             fix=f"source {m.set_env}",
         )
+    tools = ("/usr/local/bin/npu-smi", "/usr/local/sbin/npu-smi")
+    tool = next((p for p in tools if m.probe.exists(p)), None)
+    dcmi = "/usr/local/dcmi/libdcmi.so"
+    if tool and not m.probe.exists(dcmi) and m.find_library("libdcmi.so") is None:
+        return info(
+            say("npu-smi is here without libdcmi.so, which it loads"), file(dcmi, "missing")
+        )
     return ok(say("the driver's libraries are here"), file(path))
 
 
@@ -292,8 +308,8 @@ def driver_libraries(m: Machine) -> Finding:
     "DRV008",
     title="driver and CANN go together",
     why="a driver that is too old for CANN fails in aclInit (507899) or in pinning memory",
-    looks_at="the vendor's table of drivers for each CANN; where that does not know them, the "
-    "compatible_version list of the driver",
+    looks_at="the vendor's table of drivers for each CANN; where that does not know them, "
+    "`ascend-dmi -c` and the compatible_version list of the driver",
     needs=("DRV004", "CANN001"),
 )
 def driver_for_cann(m: Machine) -> Finding:
@@ -341,6 +357,13 @@ def _declared(m: Machine, cann: str) -> Finding:
         say("the tables ({date}) do not know CANN {cann}", date=m.tables.date, cann=cann),
         file(m.cann.source if m.cann else "", cann),
     )
+    version, verdict = m.dmi.get("toolkit", ("", ""))
+    if verdict == _WRONG:
+        return warn(
+            say("ascend-dmi says that CANN {cann} does not fit this driver", cann=cann),
+            cmd("ascend-dmi -c", f"toolkit {version}: incompatible"),
+            advice=say("upgrade the driver"),
+        )
     key = cann_key(cann)
     inner = _COMPATIBLE.match(m.cann.inner) if m.cann else None
     accepted = [int(n) for n in _COMPATIBLE.findall(m.driver_info.get("compatible_version", ""))]

@@ -26,6 +26,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base
 
 STUB = re.compile(r"/(stub|devlib)(/|$)")
+_LOG_BYTES = 5 << 30
 _IDS = re.compile(r"^\d{1,4}(,\d{1,4})*$")
 _PYTHON = re.compile(r"/python(\d+\.\d+)/(site|dist)-packages")
 
@@ -43,13 +44,19 @@ def sourced(m: Machine) -> Finding:
     fix = f"source {m.set_env}"
     home = m.env.get("ASCEND_HOME_PATH") or m.env.get("ASCEND_TOOLKIT_HOME")
     if not home:
+        startup = f"{m.probe.host.home}/.bashrc"
+        there = "set_env.sh" in (m.probe.read_text(startup) or "")
         return fail(
             say(
                 "CANN {version} is installed, but set_env.sh was not sourced",
                 version=m.cann.version,
             ),
             env("ASCEND_HOME_PATH", "unset"),
+            *([file(startup, "sources set_env.sh")] if there else []),
             fix=fix, action="env",
+            advice=say("~/.bashrc sources it, which services and `docker exec` do not read")
+            if there
+            else None,
         )  # fmt: skip
     for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH"):
         value = m.env.get(name)
@@ -246,7 +253,8 @@ def _spread(value: str) -> str:
     title="the runtime's log is not a flood",
     why="debug and info logs slow every call and fill the disk",
     looks_at="ASCEND_SLOG_PRINT_TO_STDOUT, ASCEND_GLOBAL_LOG_LEVEL, ATB_LOG_LEVEL, "
-    "ASDOPS_LOG_LEVEL",
+    "ASDOPS_LOG_LEVEL, HCCL_ENTRY_LOG_ENABLE; the size of ASCEND_PROCESS_LOG_PATH, else of "
+    "~/ascend/log",
     severity=Status.WARN,
 )
 def log_flood(m: Machine) -> Finding:
@@ -258,14 +266,23 @@ def log_flood(m: Machine) -> Finding:
     for name in ("ATB_LOG_LEVEL", "ASDOPS_LOG_LEVEL"):
         if m.env.get(name, "").upper() in ("TRACE", "DEBUG", "INFO"):
             found.append(env(name, m.env[name]))
+    if m.env.get("HCCL_ENTRY_LOG_ENABLE") == "1":
+        found.append(env("HCCL_ENTRY_LOG_ENABLE", "1"))
     if found:
         names = ", ".join(f"{item.name}={item.value}" for item in found)
         return warn(
             say("logs are set to a flood: {names}", names=names),
             *found,
-            fix="unset ASCEND_SLOG_PRINT_TO_STDOUT ATB_LOG_LEVEL ASDOPS_LOG_LEVEL; "
-            "export ASCEND_GLOBAL_LOG_LEVEL=3",
+            fix="unset ASCEND_SLOG_PRINT_TO_STDOUT ATB_LOG_LEVEL ASDOPS_LOG_LEVEL "
+            "HCCL_ENTRY_LOG_ENABLE; export ASCEND_GLOBAL_LOG_LEVEL=3",
             action="env",
+        )
+    path = m.env.get("ASCEND_PROCESS_LOG_PATH") or f"{m.probe.host.home}/ascend/log"
+    if m.probe.bytes_below(path, _LOG_BYTES) > _LOG_BYTES:
+        return info(
+            say("old logs in {path} take more than {size} GB", path=path, size=_LOG_BYTES >> 30),
+            limit(path, f"more than {_LOG_BYTES} bytes"),
+            fix=f"find {shlex.quote(path)} -type f -mtime +7 -delete",
         )
     return ok(say("logs are at their usual level"))
 
@@ -317,6 +334,7 @@ def switches(m: Machine) -> Finding:
         if (name == "ASCEND_LAUNCH_BLOCKING" and value == "1")
         or (name.startswith("ATB_STREAM_SYNC_EVERY_") and value == "1")
         or (name in ("HCCL_DETERMINISTIC", "LCCL_DETERMINISTIC") and value in on)
+        or (name == "TORCH_DEVICE_BACKEND_AUTOLOAD" and value == "0")
     ]
     if found:
         names = ", ".join(item.name for item in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 
 from sllmctl.doctor.check import Finding, check, dist, env, fail, file, ok, say, skip, warn
@@ -27,6 +28,12 @@ def settings(m: Machine) -> Finding:
             env("HF_ENDPOINT", endpoint),
             fix=f"export HF_ENDPOINT=https://{endpoint}",
         )
+    if endpoint.endswith("/"):
+        return warn(
+            say("HF_ENDPOINT ends with a slash"),
+            env("HF_ENDPOINT", endpoint),
+            fix=f"export HF_ENDPOINT={endpoint.rstrip('/')}",
+        )
     for name in ("VLLM_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"):
         if m.env.get(name, "").lower() in _TRUE and not m.dists.get("modelscope"):
             return fail(
@@ -38,15 +45,22 @@ def settings(m: Machine) -> Finding:
     return ok(say("the settings of the hubs are right"))
 
 
+def hub_cache(m: Machine) -> str:
+    """Where downloads of the Hugging Face hub are kept."""
+    home = m.env.get("HF_HOME") or f"{m.probe.host.home}/.cache/huggingface"
+    return m.env.get("HF_HUB_CACHE") or f"{home}/hub"
+
+
 def _is_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith(("/", ".", "~"))
 
 
 @check(
     "HUB002",
-    title="an offline machine has the model",
-    why="offline, a model that is not in the cache cannot be had",
-    looks_at="HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, and the hub cache for --model",
+    title="the hub's cache can be used, and offline has the model",
+    why="a download goes to the cache; offline, a model that is not there cannot be had",
+    looks_at="write access to HF_HUB_CACHE, HF_HOME or ~/.cache/huggingface; HF_HUB_OFFLINE and "
+    "TRANSFORMERS_OFFLINE, and the cache for --model",
     profiles="base convert",
 )
 def offline(m: Machine) -> Finding:
@@ -54,10 +68,16 @@ def offline(m: Machine) -> Finding:
         n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if m.env.get(n, "").lower() in _TRUE
     ]
     model = m.options.model
+    cache = hub_cache(m)
+    place = m.nearest(cache)
+    if not on and place and not m.probe.may(place, os.W_OK | os.X_OK):
+        return warn(
+            say("downloads cannot be kept: this user may not write to {path}", path=place),
+            file(place, "no write access"),
+            fix="export HF_HOME=/a/directory/of/yours",
+        )
     if not on or not _is_id(model) or m.probe.is_dir(model):
         return ok(say("nothing is asked of a hub that is switched off"))
-    home = m.env.get("HF_HOME") or f"{m.probe.host.home}/.cache/huggingface"
-    cache = m.env.get("HF_HUB_CACHE") or f"{home}/hub"
     path = f"{cache}/models--{model.replace('/', '--')}"
     if m.probe.listdir(f"{path}/snapshots"):
         return ok(say("{model} is in the cache", model=model), file(path))

@@ -20,7 +20,7 @@ def set_env(m: Machine) -> str:
     title="NNAL/ATB is installed",
     why="vllm-ascend and SGLang load libatb.so from it",
     looks_at="libatb.so below nnal/atb, beside CANN and where ATB_HOME_PATH leads",
-    profiles="vllm sglang",
+    profiles="vllm sglang store",
     needs=("CANN001",),
 )
 def installed(m: Machine) -> Finding:
@@ -31,10 +31,15 @@ def installed(m: Machine) -> Finding:
             file(m.nnal[0].path, m.nnal[0].version),
         )
     version = cann_base(m.cann.version)
-    return fail(
+    owner = m.probe.stat(m.cann.path)
+    foreign = owner is not None and owner.uid != m.probe.host.euid
+    return (fail if {"vllm", "sglang"} & set(m.profiles) else info)(
         say("NNAL/ATB is not installed"),
         file("/usr/local/Ascend/nnal/atb", "no libatb.so"),
         fix=f"./Ascend-cann-nnal_{version}_linux-{m.arch}.run --install",
+        advice=say("as the user who owns {path}, with its set_env.sh sourced", path=m.cann.path)
+        if foreign
+        else None,
     )
 
 

@@ -198,6 +198,7 @@ def companions(m: Machine) -> Finding:
     title="numpy suits CANN and torch",
     why="CANN before 9.0 and extensions of its time were compiled with NumPy 1.x",
     looks_at="numpy 2 or later with CANN before 9.0, vllm-ascend up to 0.18 or torch_npu up to 2.5",
+    profiles="base convert",
 )
 def numpy(m: Machine) -> Finding:
     version = m.dists.version("numpy")
@@ -229,7 +230,7 @@ def numpy(m: Machine) -> Finding:
     "PY011",
     title="one triton",
     why="triton and triton-ascend write the same files: the last one installed wins",
-    looks_at="the distributions triton and triton-ascend",
+    looks_at="the distributions triton and triton-ascend, and the table of vllm-ascend",
     severity=Status.WARN,
     profiles="vllm sglang",
 )
@@ -242,6 +243,16 @@ def triton(m: Machine) -> Finding:
             fix="pip uninstall -y triton && pip install --force-reinstall --no-deps "
             f"triton-ascend=={m.dists.version('triton-ascend')}",
         )
+    here, ascend = public(m.dists.version("triton-ascend")), m.dists.version("vllm-ascend")
+    wanted = m.tables.triton_ascend_for(ascend)
+    if here and wanted and here != wanted:
+        return warn(
+            say("triton-ascend {here} is not that of vllm-ascend {ascend} ({wanted})",
+                here=here, ascend=ascend, wanted=wanted),
+            dist("triton-ascend", here),
+            dist("vllm-ascend", ascend),
+            fix=f"pip install triton-ascend=={wanted}",
+        )  # fmt: skip
     return ok(say("not more than one triton"))
 
 
@@ -249,7 +260,8 @@ def triton(m: Machine) -> Finding:
     "PY012",
     title="grpcio is new enough for the generated code",
     why="generated code refuses to start with an older grpcio than it was generated for",
-    looks_at="GRPC_GENERATED_VERSION in sllm_store/proto/*_pb2_grpc.py against grpcio",
+    looks_at="GRPC_GENERATED_VERSION in sllm_store/proto/*_pb2_grpc.py against grpcio; the "
+    "releases of transformers and accelerate that it pins",
     profiles="store",
 )
 def grpc(m: Machine) -> Finding:
@@ -275,6 +287,15 @@ def grpc(m: Machine) -> Finding:
                 file(path, match[1]),
                 dist("grpcio", here),
                 fix=f"pip install 'grpcio>={match[1]}'",
+            )  # fmt: skip
+    for name in ("transformers", "accelerate"):
+        version, wanted = m.dists.version(name), m.dists.pinned("serverless-llm-store", name)
+        if version and wanted and release(version)[:2] != release(wanted)[:2]:
+            return info(
+                say("sllm-store was written for {name} {wanted}, {here} is installed",
+                    name=name, wanted=wanted, here=version),
+                dist(name, version),
+                fix=f"pip install {name}=={wanted}",
             )  # fmt: skip
     return ok(say("grpcio {version}", version=here), dist("grpcio", here))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 
 from sllmctl.doctor.check import (
@@ -24,6 +25,7 @@ from sllmctl.doctor.versions import release
 
 _GLIBCXX = re.compile(r"^GLIBCXX_3\.4\.(\d+)$")
 _GLIBCXX_BYTES = re.compile(rb"GLIBCXX_3\.4\.(\d{1,3})\b")
+_LATE = ("scikit-learn", "paddlepaddle", "opencv-python", "opencv-python-headless")
 WHEELS = ("torch", "torch-npu", "vllm-ascend")
 
 
@@ -70,7 +72,7 @@ def interpreter(m: Machine) -> Finding:
     title="this is the activated environment",
     why="packages installed before `conda activate` lie in another environment",
     looks_at="CONDA_PREFIX and VIRTUAL_ENV against the interpreter's prefix; packages in ~/.local "
-    "that hide the environment's",
+    "that hide the environment's; the interpreter of pip, vllm and sllm-store in PATH",
     severity=Status.WARN,
     profiles="base convert",
 )
@@ -100,7 +102,28 @@ def environment(m: Machine) -> Finding:
             *(file(host.user_site, name) for name in hidden),
             fix="export PYTHONNOUSERSITE=1",
         )  # fmt: skip
+    for tool in ("pip", "vllm", "sllm-store") if active else ():
+        path, interpreter = _script(m, tool)
+        home = posixpath.dirname(posixpath.dirname(interpreter))
+        if interpreter and m.probe.realpath(home) != prefix:
+            return warn(
+                say("{tool} in PATH belongs to the Python of {other}, not to {prefix}",
+                    tool=tool, other=home, prefix=host.prefix),
+                file(path, f"#!{interpreter}"),
+                fix=f"export PATH={host.prefix}/bin:$PATH",
+            )  # fmt: skip
     return ok(say("one environment: {prefix}", prefix=host.prefix))
+
+
+def _script(m: Machine, name: str) -> tuple[str, str]:
+    """Path of a Python script in PATH, and the interpreter in its first line; "" for neither."""
+    for place in filter(None, m.env.get("PATH", "").split(":")):
+        path = f"{place}/{name}"
+        if m.probe.exists(path):
+            line = (m.probe.read_text(path, 256) or "").split("\n", 1)[0]
+            match = re.match(r"#!\s*(/\S*/bin/python[\d.]*)\s*$", line)
+            return path, match[1] if match else ""
+    return "", ""
 
 
 @check(
@@ -170,11 +193,11 @@ def libstdcxx(m: Machine) -> Finding:
     "PY014",
     title="libgomp finds room for its thread-local storage",
     why="a libgomp loaded late fails on aarch64: cannot allocate memory in static TLS block",
-    looks_at="scikit-learn or paddle installed on aarch64, and libgomp in LD_PRELOAD",
+    looks_at="scikit-learn, paddle or opencv installed on aarch64, and libgomp in LD_PRELOAD",
     severity=Status.INFO,
 )
 def libgomp(m: Machine) -> Finding:
-    late = [d for d in ("scikit-learn", "paddlepaddle") if m.dists.get(d)]
+    late = [d for d in _LATE if m.dists.get(d)]
     if m.arch != "aarch64" or not late or "libgomp" in m.env.get("LD_PRELOAD", ""):
         return ok(say("nothing that loads libgomp late"))
     path = m.find_library("libgomp.so.1") or "/usr/lib/aarch64-linux-gnu/libgomp.so.1"
@@ -189,7 +212,7 @@ def libgomp(m: Machine) -> Finding:
     "PY015",
     title="pip asks an index that has what is needed",
     why="mirrors of PyPI hold no CPU builds of torch for x86_64; plain http can be tampered with",
-    looks_at="PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and pip.conf",
+    looks_at="PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_TRUSTED_HOST and pip.conf",
     severity=Status.INFO,
 )
 def pip_index(m: Machine) -> Finding:
@@ -200,11 +223,19 @@ def pip_index(m: Machine) -> Finding:
     urls += re.findall(r"https?://[^\s,]+", text)
     urls = [url for url in urls if url]
     plain = [url for url in urls if url.startswith("http://")]
+    trusted = re.search(r"^\s*trusted-host\s*=\s*(\S+)", text, re.MULTILINE)
+    trusted_host = m.env.get("PIP_TRUSTED_HOST") or (trusted[1] if trusted else "")
     if plain:
         return info(
             say("pip asks an index without encryption: {url}", url=plain[0]),
             env("PIP_INDEX_URL", plain[0]),
             fix=f"pip config set global.index-url {plain[0].replace('http://', 'https://', 1)}",
+        )
+    if trusted_host:
+        return info(
+            say("pip does not verify the certificate of {host}", host=trusted_host),
+            env("PIP_TRUSTED_HOST", trusted_host),
+            fix="pip config unset global.trusted-host",
         )
     if urls and m.arch == "x86_64" and not any("download.pytorch.org" in url for url in urls):
         return info(

@@ -19,9 +19,10 @@ from sllmctl.doctor.check import (
     worst,
 )
 from sllmctl.doctor.machine import Machine
-from sllmctl.doctor.versions import cann_base, public, release
+from sllmctl.doctor.versions import cann_base, cann_key, public, release
 
 _CANN = re.compile(r"\.cann\.(\d+\.\d+\.[A-Za-z]*\d+)", re.IGNORECASE)
+_SOURCES = ("sgl_kernel_npu", "deep_ep")
 _FOLDERS = {"ascend910b": "A2", "ascend910_93": "A3"}
 
 
@@ -63,11 +64,18 @@ def row(m: Machine) -> Finding:
     "SGL002",
     title="deep_ep is built for this CANN, and found by Python",
     why="its version names its CANN; its library must lie beside the package",
-    looks_at=".cann.X in the version of deep_ep, and deep_ep_cpp*.so in site-packages",
+    looks_at="sgl_kernel_npu; .cann.X in the version of deep_ep, and deep_ep_cpp*.so in "
+    "site-packages",
     profiles="sglang",
 )
 def deep_ep(m: Machine) -> Finding:
     found = m.dists.get("deep-ep")
+    if m.dists.get("sglang") and not m.dists.get("sgl-kernel-npu"):
+        return fail(
+            say("SGLang is here without sgl_kernel_npu, its operators for NPU"),
+            dist("sgl-kernel-npu", "missing"),
+            fix="bash build.sh && pip install output/*.whl  # in the source of sgl-kernel-npu",
+        )
     if found is None:
         return skip(say("deep_ep is not installed"))
     match = _CANN.search(found.version)
@@ -119,3 +127,58 @@ def operators(m: Machine) -> Finding:
         file(f"{package}/vendors/hwcomputing", ", ".join(sorted(built))),
         fix="bash build.sh -a deepep2" if m.generation == "A2" else "bash build.sh",
     )  # fmt: skip
+
+
+@check(
+    "SGL004",
+    title="the source of sgl-kernel-npu is that of this SGLang",
+    why="its main branch moves on: it no longer builds with the torch and CANN of older rows",
+    looks_at="--source: whether its commit has a tag, and what its main branch asks for",
+    severity=Status.WARN,
+    profiles="sglang build",
+)
+def source(m: Machine) -> Finding:
+    base = m.options.source
+    if not base or not any(m.probe.is_dir(f"{base}/python/{n}") for n in _SOURCES):
+        return skip(say("--source is no source of sgl-kernel-npu"))
+    commit, tag = _commit(m, base)
+    if tag:
+        return ok(say("the source is that of {tag}", tag=tag), file(f"{base}/.git/HEAD", commit))
+    wanted = m.tables.sgl_kernel_head
+    torch, cann = m.dists.version("torch"), m.cann.version if m.cann else ""
+    old = [
+        f"{name} {here}"
+        for name, here, key, least in (
+            ("torch", torch, release(torch), release(wanted["torch"])),
+            ("CANN", cann, cann_key(cann_base(cann)), cann_key(wanted["cann"])),
+        )
+        if here and key and least and key < least
+    ]
+    if not old:
+        return ok(say("the source of sgl-kernel-npu suits what is installed"))
+    return warn(
+        say("the source of sgl-kernel-npu has no tag, and today's asks for more than {parts}",
+            parts=", ".join(old)),
+        file(f"{base}/.git/HEAD", commit or "unknown"),
+        *(dist(name, f"{least} or later") for name, least in wanted.items()),
+        fix=f"git -C {base} checkout <tag of the time of this SGLang>",
+    )  # fmt: skip
+
+
+def _commit(m: Machine, base: str) -> tuple[str, str]:
+    """The commit that is checked out, and its tag; "" where git's files do not say."""
+    git = f"{base}/.git"
+    head = (m.probe.read_text(f"{git}/HEAD") or "").strip()
+    packed = m.probe.read_text(f"{git}/packed-refs", 4 << 20) or ""
+    refs, last = {}, ""
+    for line in packed.splitlines():
+        word, _, name = line.partition(" ")
+        if line.startswith("^"):  # the commit behind an annotated tag
+            refs[last] = line[1:]
+        elif name and not line.startswith("#"):
+            refs[name], last = word, name
+    for path in m.probe.glob(f"{git}/refs/tags/*") + m.probe.glob(f"{git}/refs/heads/*"):
+        refs[path.removeprefix(f"{git}/")] = (m.probe.read_text(path) or "").strip()
+    commit = refs.get(head.removeprefix("ref: "), "") if head.startswith("ref: ") else head
+    tags = [n for n, at in refs.items() if n.startswith("refs/tags/") and commit and at == commit]
+    return commit, tags[0].removeprefix("refs/tags/") if tags else ""

@@ -28,6 +28,7 @@ from sllmctl.doctor.machine import Machine
 DIST, MODULE = "serverless-llm-store", "sllm_store"
 PORT = 8073
 CHUNK_BYTES = 32 << 20
+_BESIDE = ("no_split_modules.json", "tied_no_split_modules.json")
 _TORCH = re.compile(r"^torch\s*==\s*([\w.]+)", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"(/[\w./-]*/envs/[\w.-]+)")
 
@@ -53,7 +54,8 @@ def built_glog(m: Machine, package: str) -> str | None:
     "STORE001",
     title="sllm-store is installed with its extensions",
     why="a build without torch leaves the compiled extensions out, without an error",
-    looks_at="_C*.so and _checkpoint_store*.so in the package sllm_store",
+    looks_at="_C*.so and _checkpoint_store*.so in the package sllm_store, and whether that is an "
+    "installation or a source tree",
     profiles="store",
 )
 def installed(m: Machine) -> Finding:
@@ -72,6 +74,11 @@ def installed(m: Machine) -> Finding:
             say("sllm-store has no compiled extension: {names}", names=", ".join(missing)),
             *(file(f"{package}/{name}*.so", "missing") for name in missing),
             fix="pip install --no-build-isolation --no-deps .  # in the source, torch_npu first",
+        )
+    if m.dists.editable(DIST) and not package.startswith(f"{m.dists.all()[DIST].site}/"):
+        return info(
+            say("Python imports sllm_store from its source: {path}", path=package),
+            file(package, "editable"),
         )
     return ok(say("sllm-store {version}", version=m.dists.version(DIST)), file(package))
 
@@ -122,7 +129,8 @@ def libglog(m: Machine) -> Finding:
     "STORE003",
     title="the extensions were built for NPU, with this torch",
     why="a build that does not see CANN falls back to the CPU; another torch changes the ABI",
-    looks_at="the libraries that the extensions need, and whether torch was installed after them",
+    looks_at="the libraries that the extensions need, where they look for them (RUNPATH), and "
+    "whether torch was installed after them",
     profiles="store",
     needs=("STORE001",),
 )
@@ -150,6 +158,22 @@ def extensions(m: Machine) -> Finding:
             file(f"{torch.info}/RECORD" if torch else "", "newer"),
             fix=rebuild,
         )
+    for path, elf in zip(paths, headers, strict=False):
+        for entry in elf.runpath.split(":"):
+            foreign = _ENVIRONMENT.match(entry)
+            if foreign and m.probe.realpath(foreign[1]) != m.probe.realpath(m.probe.host.prefix):
+                return warn(
+                    say("the extensions take their libraries from another environment: {path}",
+                        path=foreign[1]),
+                    file(path, f"RUNPATH {entry}"),
+                    fix=rebuild,
+                )  # fmt: skip
+            if entry.startswith("/") and not m.probe.is_dir(entry):
+                return info(
+                    say("the extensions look for libraries in {path}, which is gone", path=entry),
+                    file(path, f"RUNPATH {entry}"),
+                    fix=rebuild,
+                )
     return ok(say("the extensions use CANN"), *(file(path) for path in paths))
 
 
@@ -299,4 +323,71 @@ def files(m: Machine) -> Finding:
             file(index, f"{end} bytes"),
             advice=say("convert the model again"),
         )
+    beside = ("config.json", *(() if base != path else _BESIDE))
+    missing = [name for name in beside if not m.probe.exists(f"{path}/{name}")]
+    if missing:
+        return info(
+            say("the model lacks files that sllm-store writes beside it: {names}",
+                names=", ".join(missing)),
+            *(file(f"{path}/{name}", "missing") for name in missing),
+            advice=say("convert the model again"),
+        )  # fmt: skip
     return ok(say("the model is in sllm-store's format"), file(index))
+
+
+@check(
+    "STORE008",
+    title="client and server of sllm-store can share device memory",
+    why="the server lets in the client by its process id; otherwise the shared handle is refused",
+    looks_at="the process of the server in /proc: seen from here, of this user or root, with the "
+    "same ASCEND_RT_VISIBLE_DEVICES",
+    severity=Status.WARN,
+    level=1,
+    profiles="store",
+    needs=("STORE005",),
+)
+def sharing(m: Machine) -> Finding:
+    if not m.probe.connects("127.0.0.1", PORT):
+        return skip(say("the server of sllm-store is not running"))
+    process = next((p for p in m.probe.glob("/proc/[0-9]*") if _is_server(m, p)), None)
+    if process is None:
+        return warn(
+            say("the server of sllm-store runs where this process cannot see it"),
+            file("/proc", "no `sllm-store start`"),
+            fix="docker run --pid=host ..." if m.in_container else "",
+            advice=None if m.in_container else say("run server and client in one container"),
+        )
+    here, there = (m.probe.readlink(f"{p}/ns/pid") for p in ("/proc/self", process))
+    if here and there and here != there:
+        return warn(
+            say("the server of sllm-store has process ids of its own"),
+            file(f"{process}/ns/pid", there),
+            fix="docker run --pid=host ...",
+        )
+    owner, user = m.probe.stat(process), m.probe.host.euid
+    if owner is not None and owner.uid != user and 0 not in (owner.uid, user):
+        return warn(
+            say("the server of sllm-store runs as user {server}, this is user {client}",
+                server=owner.uid, client=user),
+            file(process, f"user {owner.uid}"),
+            advice=say("run server and client as one user"),
+        )  # fmt: skip
+    raw = m.probe.read_text(f"{process}/environ", 1 << 20)
+    if raw is not None:
+        name = "ASCEND_RT_VISIBLE_DEVICES"
+        theirs = dict(entry.partition("=")[::2] for entry in raw.split("\0")).get(name, "")
+        ours = m.env.get(name, "")
+        if theirs != ours:
+            return warn(
+                say("server and client see different cards: {server} and {client}",
+                    server=theirs or "-", client=ours or "-"),
+                file(f"{process}/environ", f"{name}={theirs}"),
+                env(name, ours or "unset"),
+                fix=f"export {name}={theirs}" if theirs else f"unset {name}",
+            )  # fmt: skip
+    return ok(say("client and server can share device memory"), file(process))
+
+
+def _is_server(m: Machine, process: str) -> bool:
+    words = (m.probe.read_text(f"{process}/cmdline", 4096) or "").split("\0")
+    return "start" in words and any(re.search(r"(^|/)sllm[-_]store$", word) for word in words)

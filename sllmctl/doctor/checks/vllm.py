@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from sllmctl.doctor.cann_files import key_values
 from sllmctl.doctor.check import (
     Finding,
+    Status,
     check,
     dist,
     env,
@@ -21,6 +23,8 @@ from sllmctl.doctor.check import (
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, cann_key, public, release
 
+# Names that images and packages are built for; the first word that is in a text counts.
+_SOC = (("910_93", "A3"), ("-a3-", "A3"), ("910b", "A2"))
 _DEVICE = re.compile(r"__device_type__\s*=\s*['\"]_?(\w+)['\"]")
 # What the patches of sllm-store put into vLLM 0.7: file to token, relative to site-packages.
 _SAVE = "save_serverless_llm_state"
@@ -181,6 +185,41 @@ def native(m: Machine) -> Finding:
     if not parts:
         return fail(say("vllm-ascend has no native part"), file(package, "no *_C*.so"), fix=fix)
     return ok(say("the native part of vllm-ascend is here"), file(parts[0]))
+
+
+@check(
+    "VLLM005",
+    title="the container's image is made for these cards",
+    why="images of vllm-ascend exist for A2 and, with -a3 in their tag, for A3",
+    looks_at="SOC_VERSION, which the images set, and the name of CANN's operator package, against "
+    "the cards",
+    severity=Status.WARN,
+    profiles="vllm",
+    needs=("VLLM001",),
+)
+def image(m: Machine) -> Finding:
+    soc = m.env.get("SOC_VERSION", "")
+    path = f"{m.cann.path}/{m.arch}-linux/ascend_ops_install.info" if m.cann else ""
+    package = key_values(m.probe.read_text(path)).get("package_name", "") if path else ""
+    said = [
+        (generation, seen)
+        for text, seen in ((soc, env("SOC_VERSION", soc)), (package, file(path, package)))
+        for word, generation in _SOC
+        if word in text.lower()
+    ]
+    if not said or m.generation not in ("A2", "A3"):
+        return skip(say("nothing here says which cards the image is made for"))
+    wrong = [(generation, seen) for generation, seen in said if generation != m.generation]
+    if not wrong:
+        return ok(say("the image is made for {chip}", chip=m.generation), said[0][1])
+    return warn(
+        say("the image is made for {built}, the cards are {here}",
+            built=wrong[0][0], here=m.generation),
+        *(seen for _, seen in wrong),
+        advice=say("take the image with -a3 in its tag")
+        if m.generation == "A3"
+        else say("take the image without -a3 in its tag"),
+    )  # fmt: skip
 
 
 @check(
