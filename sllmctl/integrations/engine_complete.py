@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sllmctl.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from sllmctl.integrations.engine_copy import WeightWrites
@@ -28,7 +27,7 @@ def require_complete(
     *,
     where: str,
     level: CheckLevel = "full",
-    optional: Callable[[str, torch.Tensor], bool] = lambda name, parameter: False,
+    optional: Collection[str] = (),
 ) -> None:
     """Refuse a model of which a parameter, or a part of one, never got its weights.
 
@@ -39,7 +38,7 @@ def require_complete(
         names: Names of the checkpoint's tensors.
         where: Names the checkpoint in the error.
         level: ``full``, or ``names`` to allow parameters that got a part of their bytes.
-        optional: Whether a parameter may keep its initial value.
+        optional: Names of parameters that may keep their initial values.
 
     Raises:
         CheckpointError: It names parameters, bytes, and the tensors that the checkpoint lacks.
@@ -49,7 +48,7 @@ def require_complete(
     lacking: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         nbytes = parameter.numel() * parameter.element_size()
-        if not nbytes or parameter.is_meta or optional(name, parameter):
+        if not nbytes or parameter.is_meta or name in optional:
             continue
         written = writes.written_bytes(parameter)
         claimed = loaded is not None and name in loaded

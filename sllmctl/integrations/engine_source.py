@@ -137,53 +137,86 @@ def _has_weights(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model before anything of it is loaded.
+
+    Attributes:
+        model: What to load, as a path or a name.
+        path: Where its files are, or None when the store alone may have it.
+        checkpoint: Its index, where its files are.
+    """
+
+    model: str
+    path: Path | None
+    checkpoint: Checkpoint | None
+
+
+def find_model(options: EngineOptions, engine_model: str) -> FoundModel:
+    """Find the checkpoint that an engine wants, and see that it fits the engine's model.
+
+    Args:
+        options: The user's.
+        engine_model: What the engine calls the model: a path or a name on a hub.
+
+    Raises:
+        CheckpointNotFound: No checkpoint is there, nor a store to ask.
+        CheckpointError: It is damaged, or of another architecture.
+    """
+    model = options.model_for(engine_model)
+    try:
+        path = resolve_model(model, options.storage_path)
+        checkpoint = open_checkpoint(path)
+    except CheckpointNotFound:
+        if options.store == "off" or looks_like_path(model):
+            raise
+        return FoundModel(model, None, None)
+    _require_same_architecture(Path(engine_model), path)
+    return FoundModel(model, path, checkpoint)
+
+
 class EngineWeights:
     """The weights of one load: opened before the model is built, let go when it is filled.
 
     Attributes:
-        model: What is loaded, as a path or a name.
-        path: Where its files are, or None when the store alone has it.
-        checkpoint: Its index, where its files are.
+        found: What is loaded.
         stats: What the load did.
+        addresses: Where the storages of its tensors start.
     """
 
     def __init__(
-        self, options: EngineOptions, engine_model: str, *, rank: int = 0, ranks: int = 1
+        self,
+        found: FoundModel,
+        options: EngineOptions,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        label: str | None = None,
     ) -> None:
-        """Open a checkpoint, from the store or from disk.
+        """Load from the store or from disk.
 
         Args:
+            found: The model.
             options: The user's.
-            engine_model: What the engine calls the model: a path or a name on a hub.
             rank: Which of the processes on this machine that load the same model this one is.
             ranks: How many they are. They share the page cache, and each reads a part ahead.
+            label: How the store shows the model; as ``found`` calls it when not given.
 
         Raises:
-            CheckpointNotFound: No checkpoint is there.
-            CheckpointError: It is damaged, or of another architecture than the engine's model.
             StoreError: A store is required, and cannot serve the load.
             SllmError: As ``api.load`` raises them.
         """
-        self.model = options.model_for(engine_model)
-        self.path: Path | None = None
-        self.checkpoint: Checkpoint | None = None
-        try:
-            self.path = resolve_model(self.model, options.storage_path)
-            self.checkpoint = open_checkpoint(self.path)
-        except CheckpointNotFound:
-            if options.store == "off":
-                raise
-        else:
-            _require_same_architecture(Path(engine_model), self.path)
+        self.found = found
         # One rank's verdict on the bytes that all share is enough.
         choice = LoadOptions.choose(verify=options.verify and rank == 0)
         if ranks > 1 and not choice.verify:
             choice = replace(choice, map_files="always")
         loaded = api.load(
-            self.model,
+            found.model,
             storage_path=options.storage_path,
-            store=options.store if self.path else "require",
+            store=options.store if found.path else "require",
             socket=options.socket,
+            label=label,
             options=choice,
         )
         self.stats: LoadStats = loaded.stats
@@ -191,8 +224,8 @@ class EngineWeights:
         self.addresses = frozenset(
             tensor.untyped_storage().data_ptr() for tensor in loaded.tensors.values()
         )
-        if ranks > 1 and self.checkpoint is not None and not self.stats.store_bytes:
-            _read_ahead(self.checkpoint.shards, rank, ranks)
+        if ranks > 1 and found.checkpoint is not None and not self.stats.store_bytes:
+            _read_ahead(found.checkpoint.shards, rank, ranks)
 
     @property
     def names(self) -> frozenset[str]:

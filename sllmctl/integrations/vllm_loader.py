@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from sllmctl.errors import ConfigError, SllmError
+from sllmctl.errors import CheckpointError, ConfigError, SllmError
 from sllmctl.integrations.engine_complete import require_complete
 from sllmctl.integrations.engine_copy import WeightWrites
+from sllmctl.integrations.engine_rank import (
+    RankKey,
+    fill_from_rank_state,
+    find_rank_state,
+    save_rank_state,
+    shapes_of,
+)
 from sllmctl.integrations.engine_source import (
     EngineOptions,
     EngineWeights,
+    FoundModel,
     describe,
+    find_model,
     with_hint,
 )
+from sllmctl.integrations.vllm_rank import announce, rank_key, require_plain_state
 
 log = logging.getLogger("vllm.sllmctl")
 
-# Scales of the KV cache keep their defaults when a checkpoint has none; the bound of fbgemm's
-# inputs comes from the configuration. Source: vLLM 0.32, DefaultModelLoader.
-_OPTIONAL_ENDS = ("k_scale", "v_scale", "q_scale", "prob_scale", "input_scale_ub")
+# fbgemm builds it from the configuration. Source: vLLM 0.32, DefaultModelLoader.
+_CONFIG_BUILT = "input_scale_ub"
 # A draft model without them shares the target's. Source: vLLM 0.32, v1/spec_decode.
 _DRAFT_SHARED = ("embed_tokens.weight", "lm_head.weight")
 
@@ -37,6 +47,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         super().__init__(load_config)
         self._options = EngineOptions.parse(load_config.model_loader_extra_config or {})
         self._weights: EngineWeights | None = None
+        self._rank_key: RankKey | None = None
         self.local_expert_ids: set[int] | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +63,12 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             self._close()
 
     def download_model(self, model_config: Any) -> None:
-        """See that the weights can be loaded. Nothing is downloaded: `sllmctl convert` does that.
+        """See that the weights are there. Nothing is downloaded: `sllmctl convert` does that.
 
         Raises:
-            SllmError: As ``EngineWeights`` raises them.
+            SllmError: As ``find_model`` raises them.
         """
-        EngineWeights(self._options, model_config.model).close()
+        find_model(self._options, model_config.model)
 
     def load_weights(self, model: Any, model_config: Any) -> None:
         """Fill a model, and refuse one that is not filled to the last byte.
@@ -68,6 +79,10 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         """
         weights = self._open(model_config)
         try:
+            if self._rank_key is not None and weights.found.path == self._rank_key.path:
+                self._fill_from_rank_state(model, weights)
+                return
+            before = shapes_of(model)
             with WeightWrites(model) as writes:
                 loaded = model.load_weights(self._iterate(weights, model_config, model))
             require_complete(
@@ -75,10 +90,12 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 writes,
                 loaded,
                 weights.names,
-                where=f"`{weights.model}`",
+                where=f"`{weights.found.model}`",
                 level=self._options.check,
-                optional=_optional_for(model_config),
+                optional=set(_optional(model, model_config)),
             )
+            if self._rank_key is not None:
+                self._save_rank_state(self._rank_key, model, before)
         finally:
             self._close()
 
@@ -90,7 +107,9 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         The caller copies them as it likes, so that an accelerator gets ordinary memory.
         """
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        weights = EngineWeights(self._options, model_config.model)
+        rank, ranks = _place()
+        found = find_model(self._options, model_config.model)
+        weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
         try:
             for name, tensor in self._iterate(weights, model_config, model):
                 yield name, tensor if on_cpu else tensor.clone()
@@ -98,32 +117,70 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             weights.close()
 
     def _open(self, model_config: Any) -> EngineWeights:
-        if self._weights is None:
-            if model_config.quantization == "torchao":
-                raise ConfigError(
-                    "weights that torchao flattened are put together by vLLM's own loader alone",
-                    hint="use --load-format auto",
-                )
-            rank, ranks = _place()
-            self._weights = EngineWeights(self._options, model_config.model, rank=rank, ranks=ranks)
-            # Speculative decoding loads a second model with the same options.
-            if self._options.model is not None:
-                self.load_config.model_loader_extra_config["model"] = {
-                    model_config.model: self._options.model
-                }
-            log.info(
-                "sllm: `%s`, process %d of %d here: %s",
-                self._weights.model,
-                rank,
-                ranks,
-                describe(self._weights.stats),
+        if self._weights is not None:
+            return self._weights
+        if model_config.quantization == "torchao":
+            raise ConfigError(
+                "weights that torchao flattened are put together by vLLM's own loader alone",
+                hint="use --load-format auto",
             )
+        rank, ranks = _place()
+        found = find_model(self._options, model_config.model)
+        state = self._find_rank_state(found, model_config)
+        if state is not None:
+            label = f"{found.model}, {state.path.name if state.path else ''}"
+            self._weights = EngineWeights(state, self._options, label=label)
+        else:
+            self._weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
+        if self._options.model is not None:
+            # Speculative decoding loads a second model, with these same options.
+            self.load_config.model_loader_extra_config["model"] = {
+                model_config.model: self._options.model
+            }
+        log.info(
+            "sllm: `%s`, process %d of %d here: %s",
+            self._weights.found.model,
+            rank,
+            ranks,
+            describe(self._weights.stats),
+        )
         return self._weights
 
     def _close(self) -> None:
         if self._weights is not None:
             self._weights.close()
             self._weights = None
+
+    def _find_rank_state(self, found: FoundModel, model_config: Any) -> FoundModel | None:
+        """The state to load, if there is one; sets the key under which to write it if not."""
+        self._rank_key = None
+        use = self._options.rank_state
+        if use == "off":
+            return None
+        try:
+            self._rank_key = rank_key(found, model_config)
+            state = find_rank_state(self._rank_key)
+            log.info(announce(self._rank_key))
+            return state
+        except CheckpointError as exc:
+            if use == "require":
+                raise
+            log.info("sllm: %s", exc)
+            return None
+
+    def _fill_from_rank_state(self, model: nn.Module, weights: EngineWeights) -> None:
+        with WeightWrites(model):
+            fill_from_rank_state(model, dict(weights.tensors()), where=weights.found.model)
+
+    def _save_rank_state(self, key: RankKey, model: nn.Module, before: Any) -> None:
+        try:
+            require_plain_state(model)
+            save_rank_state(key, model, before)
+        except SllmError as exc:
+            # The model is loaded, and serves; the next start loads as this one did.
+            log.warning("sllm: the rank state is not written: %s", with_hint(exc))
+        else:
+            log.info(announce(key))
 
     def _iterate(
         self, weights: EngineWeights, model_config: Any, model: nn.Module
@@ -135,7 +192,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         for source in getattr(model, "secondary_weights", ()):
             yield from DefaultModelLoader(type(self.load_config)())._get_weights_iterator(source)
 
-    def _expert_filter(self, model_config: Any) -> Any:
+    def _expert_filter(self, model_config: Any) -> Callable[[str], bool]:
         """Whether a tensor belongs to an expert of another rank; never before vLLM 0.20.
 
         vLLM's own loader decides: vllm-ascend tells it so when experts move between ranks.
@@ -145,21 +202,29 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         except ImportError:
             return lambda name: False
         DefaultModelLoader._init_ep_weight_filter(self, model_config)
-        return lambda name: should_skip_weight(name, self.local_expert_ids)
+        return lambda name: bool(should_skip_weight(name, self.local_expert_ids))
 
 
-def _optional_for(model_config: Any) -> Any:
-    draft = getattr(model_config, "runner_type", None) == "draft"
-
-    def optional(name: str, parameter: torch.Tensor) -> bool:
-        return name.endswith(_OPTIONAL_ENDS) or (draft and name.endswith(_DRAFT_SHARED))
-
-    return optional
+def _optional(model: nn.Module, model_config: Any) -> Iterator[str]:
+    """Names of parameters that keep their initial values where the checkpoint has none."""
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        # The KV cache's scales have defaults, and vLLM itself quantizes what is made on meta.
+        if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
+            for name, _ in module.named_parameters():
+                yield f"{prefix}.{name}" if prefix else name
+    shared = _DRAFT_SHARED if getattr(model_config, "runner_type", None) == "draft" else ()
+    for name, _ in model.named_parameters():
+        if name.endswith((_CONFIG_BUILT, *shared)):
+            yield name
 
 
 def _place() -> tuple[int, int]:
     """This worker among those of the engine on this machine, and how many they are."""
+    from vllm.config import get_current_vllm_config
     from vllm.distributed import get_world_group
 
     group = get_world_group()
-    return int(group.local_rank), max(int(group.world_size), 1)
+    parallel = get_current_vllm_config().parallel_config
+    ranks = getattr(parallel, "local_world_size", group.world_size)
+    return int(group.local_rank), max(int(ranks), 1)

@@ -19,7 +19,7 @@ from sllmctl.errors import (
     ConfigError,
     StoreUnreachable,
 )
-from sllmctl.integrations.engine_source import EngineOptions, EngineWeights, describe
+from sllmctl.integrations.engine_source import EngineOptions, EngineWeights, describe, find_model
 from tests.conftest import same_bits, some_tensors, write_checkpoint
 
 TENSORS = some_tensors(0)
@@ -30,6 +30,10 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLLMCTL_STORAGE_PATH", str(tmp_path / "models"))
     write_checkpoint(tmp_path / "models" / "org" / "tiny", {"model.safetensors": TENSORS})
     return tmp_path / "models"
+
+
+def open_weights(options: EngineOptions, engine_model: str, **place: int) -> EngineWeights:
+    return EngineWeights(find_model(options, engine_model), options, **place)
 
 
 def bare(path: Path, architecture: str = "TinyForCausalLM") -> Path:
@@ -82,12 +86,12 @@ def test_a_path_with_weights_is_loaded_from_there(
     monkeypatch.chdir(tmp_path)
     # The engine takes a relative directory before a name, and so do we.
     assert options.model_for("org/tiny") == "./org/tiny"
-    with_name = EngineWeights(options, "org/tiny")
+    with_name = open_weights(options, "org/tiny")
     assert "layers.1.weight" in with_name.names
 
 
 def test_a_name_is_looked_up_below_the_storage_path(storage: Path) -> None:
-    assert "layers.0.weight" in EngineWeights(EngineOptions.parse({}), "org/tiny").names
+    assert "layers.0.weight" in open_weights(EngineOptions.parse({}), "org/tiny").names
 
 
 def test_a_directory_without_weights_below_the_storage_path_goes_by_its_name(
@@ -110,7 +114,7 @@ def test_the_option_names_another_model_by_the_engines_one(storage: Path, tmp_pa
 
 
 def test_tensors_are_views_of_what_was_loaded(storage: Path) -> None:
-    weights = EngineWeights(EngineOptions.parse({}), "org/tiny", rank=0, ranks=2)
+    weights = open_weights(EngineOptions.parse({}), "org/tiny", rank=0, ranks=2)
     got = dict(weights.tensors())
     assert weights.names == TENSORS.keys()
     assert all(same_bits(got[name], TENSORS[name]) for name in TENSORS)
@@ -126,20 +130,20 @@ def test_weights_of_another_architecture_are_refused(storage: Path, tmp_path: Pa
     bare(storage / "org" / "tiny", "OtherForCausalLM")
     engine = str(bare(tmp_path / "engine"))
     with pytest.raises(CheckpointError, match=r"OtherForCausalLM.*TinyForCausalLM"):
-        EngineWeights(EngineOptions.parse({"model": "org/tiny"}), engine)
+        open_weights(EngineOptions.parse({"model": "org/tiny"}), engine)
     bare(storage / "org" / "tiny")
-    EngineWeights(EngineOptions.parse({"model": "org/tiny"}), engine)
+    open_weights(EngineOptions.parse({"model": "org/tiny"}), engine)
 
 
 def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(storage: Path) -> None:
     with pytest.raises(CheckpointNotFound, match="org/tinny") as caught:
-        EngineWeights(EngineOptions.parse({"store": "off"}), "org/tinny")
+        open_weights(EngineOptions.parse({"store": "off"}), "org/tinny")
     assert "org/tiny" in str(caught.value.hint)
 
 
 def test_a_required_store_that_does_not_answer_is_an_error(storage: Path) -> None:
     with pytest.raises(StoreUnreachable):
-        EngineWeights(EngineOptions.parse({"store": "require"}), "org/tiny")
+        open_weights(EngineOptions.parse({"store": "require"}), "org/tiny")
 
 
 def test_verify_finds_a_flipped_byte_and_the_second_rank_leaves_it_to_the_first(
@@ -154,12 +158,12 @@ def test_verify_finds_a_flipped_byte_and_the_second_rank_leaves_it_to_the_first(
     shard.write_bytes(content)
     options = EngineOptions.parse({"verify": True})
     with pytest.raises(ChecksumMismatch, match=re.escape(str(shard))):
-        EngineWeights(options, str(path))
-    assert not EngineWeights(options, str(path), rank=1, ranks=2).stats.verified
+        open_weights(options, str(path))
+    assert not open_weights(options, str(path), rank=1, ranks=2).stats.verified
 
 
 def test_what_a_load_did_fits_on_a_line(storage: Path) -> None:
-    text = describe(EngineWeights(EngineOptions.parse({}), "org/tiny").stats)
+    text = describe(open_weights(EngineOptions.parse({}), "org/tiny").stats)
     assert re.fullmatch(r"12 tensors, \d+ bytes: \d+ from (disk|the page cache), [\d.]+ s", text)
 
 
@@ -180,7 +184,7 @@ def test_the_entry_point_leads_to_a_function_that_imports_nothing_heavy() -> Non
 
 
 def test_views_that_a_model_keeps_outlive_the_load(storage: Path) -> None:
-    weights = EngineWeights(EngineOptions.parse({}), "org/tiny")
+    weights = open_weights(EngineOptions.parse({}), "org/tiny")
     kept = torch.nn.Parameter(dict(weights.tensors())["layers.0.bias"])
     weights.close()
     del weights

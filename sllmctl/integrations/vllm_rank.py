@@ -1,0 +1,196 @@
+"""Rank state of vLLM: what it depends on, and a vLLM that is started to write it.
+
+``python -m sllmctl.integrations.vllm_rank`` is that vLLM, as a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.units import format_size
+from sllmctl.errors import CheckpointError, ConfigError
+from sllmctl.integrations.engine_rank import STATE_NAME, RankKey, checkpoint_digest
+from sllmctl.integrations.engine_source import FoundModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+_KEEP_IN_PYTHON = ("gguf", "bitsandbytes", "torchao")
+"""Quantizations whose loaders keep more than tensors."""
+_SHOWN_LINES = 12
+
+
+def rank_key(found: FoundModel, model_config: Any) -> RankKey:
+    """Say which rank's state this worker wants, and everything that it depends on.
+
+    Raises:
+        CheckpointError: Such a model's state cannot be kept; the message says why.
+    """
+    import vllm
+    from vllm.config import get_current_vllm_config
+    from vllm.distributed import get_pp_group, get_tp_group
+    from vllm.platforms import current_platform
+
+    if found.path is None or found.checkpoint is None or not found.path.is_dir():
+        raise CheckpointError(
+            f"`{found.model}` has no directory here that a rank state could be in"
+        )
+    parallel = get_current_vllm_config().parallel_config
+    experts_parallel = bool(getattr(parallel, "enable_expert_parallel", False))
+    if experts_parallel and getattr(parallel, "enable_eplb", False):
+        raise CheckpointError("experts that move between ranks leave no state to keep")
+    if model_config.quantization in _KEEP_IN_PYTHON:
+        raise CheckpointError(f"{model_config.quantization} keeps more than tensors in a model")
+    tp, pp = get_tp_group(), get_pp_group()
+    made_by = {
+        "engine": "vllm",
+        "engine_version": vllm.__version__,
+        "platform": _platform(current_platform),
+        "checkpoint": checkpoint_digest(found.checkpoint),
+        "config": _config_digest(model_config.hf_config),
+        "architecture": ", ".join(getattr(model_config.hf_config, "architectures", None) or ()),
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "quantization": model_config.quantization,
+        "tensor_parallel_size": tp.world_size,
+        "pipeline_parallel_size": pp.world_size,
+        "expert_parallel_size": parallel.world_size_across_dp if experts_parallel else 1,
+        "draft": getattr(model_config, "runner_type", None) == "draft",
+    }
+    rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
+    if experts_parallel:
+        rank += parallel.data_parallel_rank * parallel.world_size
+    return RankKey(found.path, rank, made_by)
+
+
+def _platform(platform: Any) -> str:
+    """The kind of device, and the version of the plugin that brings it."""
+    package = type(platform).__module__.partition(".")[0]
+    if package == "vllm":
+        return str(platform.device_name)
+    try:
+        return f"{platform.device_name}, {package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{platform.device_name}, {package}"
+
+
+def _config_digest(config: Any) -> str:
+    document = dict(config.to_dict())
+    for key in ("_name_or_path", "transformers_version"):
+        document.pop(key, None)
+    text = json.dumps(document, sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def require_plain_state(model: nn.Module) -> None:
+    """See that a model is made of its tensors alone.
+
+    Raises:
+        CheckpointError: vLLM quantizes a part of it while it loads.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quant_method", None), "uses_meta_device", False):
+            raise CheckpointError(f"vLLM quantizes `{name}` while it loads it")
+
+
+def write_rank_states(
+    path: Path, *, tensor_parallel_size: int, engine_args: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Start vLLM once, so that each of its ranks writes its state of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        tensor_parallel_size: Number of ranks that share it.
+        engine_args: Further arguments of vLLM's ``LLM``, as they will be when it serves.
+
+    Returns:
+        The states' directories, one a rank, of those that were there already too.
+
+    Raises:
+        ConfigError: There is no vLLM here.
+        CheckpointError: vLLM did not start, or could not write the states; the message ends with
+            its log's last words.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "there is no vLLM in this Python to make its rank state",
+            hint="run this where vLLM is installed, or install sllmctl there: "
+            "pip install 'sllmctl[vllm]'",
+        )
+    open_checkpoint(path)
+    arguments = {
+        "enforce_eager": True,
+        **(engine_args or {}),
+        "model": str(path),
+        "tensor_parallel_size": tensor_parallel_size,
+    }
+    command = [sys.executable, "-m", __name__, json.dumps(arguments)]
+    last: deque[str] = deque(maxlen=_SHOWN_LINES)
+    written: dict[Path, None] = {}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.debug("%s", line.rstrip())
+                last.append(line.rstrip())
+                if (place := _state_in(line)) is not None:
+                    written[place] = None
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode or len(written) < tensor_parallel_size:
+        raise CheckpointError(
+            f"vLLM did not write the rank state of `{path}` (exit code {process.returncode}, "
+            f"{len(written)} of {tensor_parallel_size} ranks)",
+            hint="the end of its log: " + " | ".join(last),
+        )
+    return sorted(written)
+
+
+_MARK = "sllm rank state: "
+
+
+def announce(key: RankKey) -> str:
+    """The log line by which the process that started vLLM knows of a state."""
+    return f"{_MARK}{key.path}"
+
+
+def _state_in(line: str) -> Path | None:
+    _, mark, text = line.partition(_MARK)
+    place = Path(text.strip())
+    return place if mark and (place / STATE_NAME).exists() else None
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """Start vLLM with arguments of ``LLM``; its loader does the rest."""
+    from vllm import LLM
+
+    # The small ones suffice: nothing is asked of this engine.
+    small = {"max_model_len": 128, "max_num_seqs": 1}
+    extra = {"rank_state": "auto", "storage_path": str(Path(arguments["model"]).parent)}
+    LLM(**{**small, **arguments, "load_format": "sllm", "model_loader_extra_config": extra})
+
+
+def describe_states(states: list[Path]) -> str:
+    """Say in one line what was written."""
+    nbytes = sum(file.stat().st_size for state in states for file in state.glob("*.safetensors"))
+    return f"rank state for vLLM: {len(states)} ranks, {format_size(nbytes)}"
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
