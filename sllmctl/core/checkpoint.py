@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import eq, itemgetter
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ __all__ = [
     "natural_key",
     "open_checkpoint",
     "open_shards",
+    "parse_shard",
     "read_shard",
 ]
 
@@ -215,8 +217,12 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-def read_shard(path: Path, shard: int = 0) -> tuple[Shard, list[TensorEntry], dict[str, str]]:
-    """Read one file's header: the shard, its tensors in file order, its metadata.
+ParsedShard = tuple[Shard, list[TensorEntry], dict[str, str]]
+"""A shard, its tensors in file order, its metadata."""
+
+
+def read_shard(path: Path, shard: int = 0) -> ParsedShard:
+    """Read one file's header.
 
     Raises:
         CheckpointError: The file is missing, unreadable or malformed.
@@ -235,18 +241,39 @@ def read_shard(path: Path, shard: int = 0) -> tuple[Shard, list[TensorEntry], di
             raise CheckpointError(f"{shown(path)} is not a regular file")
         # Without this the kernel reads ahead into the tensors, which the load then reads again.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        size = status.st_size
-        length = parse_prefix(_pread(fd, PREFIX_BYTES, 0), size, str(path))
-        raw = _pread(fd, length, PREFIX_BYTES)
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return parse_shard(path, status.st_size, partial(_pread, fd), shard, stamp)
     except OSError as exc:
         raise CheckpointError(f"cannot read the header of `{path}`: {exc.strerror}") from exc
     finally:
         os.close(fd)
+
+
+def parse_shard(
+    path: Path,
+    size: int,
+    read: Callable[[int, int], bytes],
+    shard: int = 0,
+    stamp: tuple[int, int, int, int] | None = None,
+) -> ParsedShard:
+    """Read a header from wherever a shard's bytes are.
+
+    Args:
+        path: What the shard is called.
+        size: Of all its bytes.
+        read: Given a length and an offset, returns those bytes, or fewer at the end.
+        shard: Its number.
+        stamp: Of its file, if there is one.
+
+    Raises:
+        CheckpointError: It is malformed.
+    """
+    length = parse_prefix(read(PREFIX_BYTES, 0), size, str(path))
+    raw = read(length, PREFIX_BYTES)
     if len(raw) != length:
         raise CheckpointError(f"`{path}` shrank while its header was read")
     data_offset = PREFIX_BYTES + length
     entries, metadata = parse_header(raw, size - data_offset, str(path), shard=shard)
-    stamp = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
     return Shard(path, size, data_offset, stamp), entries, metadata
 
 
@@ -270,6 +297,7 @@ def open_shards(
     *,
     path: Path | None = None,
     manifest: Manifest | None = None,
+    read: Callable[[Path, int], ParsedShard] = read_shard,
 ) -> Checkpoint:
     """Read the headers of chosen files and check that together they make a checkpoint.
 
@@ -279,6 +307,7 @@ def open_shards(
         index: Name and content of the index that must agree with them, if there is one.
         path: What the checkpoint says it was opened from, where that is not the directory.
         manifest: Goes into the result.
+        read: Reads the header of a file, given its path and number.
 
     Raises:
         CheckpointError: A file is missing or malformed, or contradicts another or the index.
@@ -288,7 +317,7 @@ def open_shards(
     claims: dict[str, tuple[str, int]] = {}
     metadata: dict[str, str] = {}
     for number, name in enumerate(names):
-        shard, entries, texts = read_shard(directory / name, number)
+        shard, entries, texts = read(directory / name, number)
         shards.append(shard)
         found = dict(zip(map(itemgetter(0), entries), entries, strict=True))
         if not tensors.keys().isdisjoint(found):

@@ -19,6 +19,7 @@ import torch
 from sllmctl import api, load_tensors
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.errors import StoreError, StoreUnreachable
+from sllmctl.native import probe_file
 from sllmctl.store.client import StoreClient
 from sllmctl.store.protocol import encode
 from tests.conftest import same_bits
@@ -44,7 +45,8 @@ def test_the_first_load_fills_the_pool_and_the_second_is_warm(
     path = make_model("org/model")
     first = load(store, "org/model")
     assert_equal(first.tensors, path)
-    assert first.stats.disk_bytes == first.stats.bytes
+    assert first.stats.store_bytes == 0
+    assert first.stats.disk_bytes + first.stats.page_cache_bytes == first.stats.bytes
     second = load(store, "org/model")
     assert_equal(second.tensors, path)
     assert second.stats.store_bytes == second.stats.bytes
@@ -53,6 +55,30 @@ def test_the_first_load_fills_the_pool_and_the_second_is_warm(
     assert model["name"] == "org/model"
     assert model["state"] == "warm"
     assert model["warm_bytes"] == model["bytes"]
+
+
+def test_what_the_store_reads_from_disk_is_told_from_what_the_page_cache_had(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("m")
+    drop_from_cache(path)
+    first = load(store, path)
+    assert first.stats.disk_bytes == first.stats.bytes
+    counters = store.status()["counters"]
+    assert counters["bytes_disk"] >= first.stats.bytes
+    assert counters["bytes_cache"] == 0
+    assert counters["load_seconds"]["count"] == counters["loads"] == 1
+
+
+def drop_from_cache(path: Path) -> None:
+    """Take a model's files from the page cache, or skip where they stay."""
+    for shard in path.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            facts = probe_file(file.fileno(), str(shard), 0, shard.stat().st_size)
+        if facts.resident_bytes or not facts.residency_known:
+            pytest.skip("this filesystem keeps files in memory")
 
 
 def test_a_lease_lasts_as_long_as_the_last_tensor(

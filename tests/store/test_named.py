@@ -1,0 +1,151 @@
+"""Models by name: with files that only the store sees, and with none at all."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sllmctl import load_tensors
+from sllmctl.core.load import Loaded, LoadOptions
+from sllmctl.errors import CheckpointError, StoreError
+from sllmctl.store.client import StoreClient
+from sllmctl.store.load import load_named
+from sllmctl.store.named import NamedModel
+from tests.conftest import same_bits
+from tests.store.conftest import MIB, RunningStore
+
+MakeModel = Callable[..., Path]
+
+
+def warm(store: RunningStore, name: str) -> None:
+    with StoreClient(store.socket) as client:
+        client.ask({"op": "warm", "name": name})
+        while client.receive()[0]["event"] != "settled":
+            pass
+
+
+def load(store: RunningStore, name: str, options: LoadOptions | None = None) -> Loaded:
+    return load_named(NamedModel(StoreClient(store.socket), name), options or LoadOptions())
+
+
+def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    assert not [name for name in want if not same_bits(got[name], want[name])]
+
+
+def bytes_of(path: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors, in memory of their own."""
+    return {name: tensor.clone() for name, tensor in load_tensors(path, store="off").items()}
+
+
+def test_a_model_whose_files_are_gone_loads_from_warm_segments(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("org/model")
+    want = bytes_of(path)
+    warm(store, "org/model")
+    shutil.rmtree(path)
+    loaded = load(store, "org/model")
+    assert_equal(loaded.tensors, want)
+    assert loaded.stats.store_bytes == loaded.stats.bytes == loaded.stats.mapped_bytes
+    (lease,) = store.status()["leases"]
+    assert lease["model"] == "org/model"
+    loaded.tensors.clear()
+    gc.collect()
+    store.wait_for(lambda status: not status["leases"])
+
+
+def test_a_model_whose_weights_alone_are_gone_loads_too(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("m")
+    want = bytes_of(path)
+    warm(store, "m")
+    for shard in path.glob("*.safetensors"):
+        shard.unlink()
+    assert (path / "model.safetensors.index.json").exists()
+    assert_equal(load(store, "m").tensors, want)
+
+
+def test_files_that_only_the_store_opens_fill_what_found_no_room(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("large", mib=100)
+    for _ in range(2):
+        loaded = load(store, "large")
+        assert_equal(loaded.tensors, load_tensors(path, store="off"))
+        stats = loaded.stats
+        assert stats.store_bytes + stats.disk_bytes + stats.page_cache_bytes == stats.bytes
+        del loaded
+        gc.collect()
+    assert stats.store_bytes > 50 * MIB
+
+
+def test_a_model_that_is_partly_warm_and_gone_is_refused_with_numbers(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("large", mib=100)
+    warm(store, "large")
+    shutil.rmtree(path)
+    with pytest.raises(StoreError, match=r"32 of 5\d parts of `large`, and its files are gone"):
+        load(store, "large")
+    store.wait_for(lambda status: not status["leases"])
+
+
+def test_a_name_that_nobody_knows_is_refused(store: RunningStore, make_model: MakeModel) -> None:
+    make_model("m")
+    with pytest.raises(StoreError, match="no checkpoint at .*nobody"):
+        load(store, "nobody")
+
+
+def test_a_client_that_brings_the_files_of_a_name_makes_it_known_by_that_name(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    from sllmctl import api
+
+    path = make_model("org/model")
+    want = bytes_of(path)
+    api.load("org/model", store="require", socket=store.socket, storage_path=store.storage)
+    gc.collect()
+    shutil.rmtree(path)
+    assert_equal(load(store, "org/model").tensors, want)
+
+
+def test_a_label_is_no_name_unless_the_files_are_those_of_the_name(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    from sllmctl import api
+
+    real, other = make_model("real"), make_model("other", seed=5)
+    api.load(other, store="require", socket=store.socket, label="real")
+    gc.collect()
+    shutil.rmtree(real)
+    with pytest.raises(StoreError, match="no checkpoint at"):
+        load(store, "real")
+
+
+def test_a_replaced_model_that_is_gone_is_the_newer_one(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("m", seed=1)
+    warm(store, "m")
+    shutil.rmtree(path)
+    want = bytes_of(make_model("m", seed=2))
+    warm(store, "m")
+    shutil.rmtree(path)
+    assert_equal(load(store, "m").tensors, want)
+
+
+def test_digests_that_are_gone_are_not_passed_over(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("m")
+    warm(store, "m")
+    shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="no digests"):
+        load(store, "m", LoadOptions(verify=True))
