@@ -14,7 +14,7 @@ from sllmctl.core.background import Loading
 from sllmctl.core.checkpoint import Checkpoint, Format, open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.device_load import DeviceLoad, complete, fill_from_files
-from sllmctl.core.devices import require_cpu
+from sllmctl.core.devices import find_device
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.placement import DeviceMap
@@ -23,7 +23,7 @@ from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
 from sllmctl.errors import ConfigError, StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_through_store
-from sllmctl.store.spans import fill_through_store
+from sllmctl.store.spans import fill_through_store, store_source
 
 if TYPE_CHECKING:
     import torch
@@ -243,18 +243,33 @@ def load_tensors(
 
 
 def stream_tensors(
-    model: Model, device: object = "cpu", *, storage_path: Model | None = None
+    model: Model,
+    device: object = "cpu",
+    *,
+    storage_path: Model | None = None,
+    store: StoreUse = "auto",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``(name, tensor)`` in file order, with about 512 MiB in memory at a time.
+    """Yield ``(name, tensor)`` in file order, with about 512 MiB on the device at a time.
 
-    Args and errors: as `load_tensors`. What a tensor looks into is freed when the last tensor
-    of its 256 MiB window is.
+    What a tensor looks into is freed when the last tensor of its 256 MiB window is. To host
+    memory, a stream comes from the files alone.
+
+    Args and errors: as `load_tensors`; what goes wrong on the way is raised on the way.
     """
+    from sllmctl.core.device_stream import stream_to_device
     from sllmctl.core.stream import stream
 
-    require_cpu(device)
+    spec = find_device(device)
     checkpoint = open_checkpoint(resolve_model(model, storage_path))
-    return stream(checkpoint, LoadOptions.choose())
+    options = LoadOptions.choose()
+    if spec.kind == "cpu":
+        return stream(checkpoint, options)
+    client = _connect(store, None)
+    label = model if isinstance(model, str) else str(checkpoint.path)
+    source = None
+    if client is not None:
+        source = partial(store_source, client, checkpoint, label, store == "require")
+    return stream_to_device(checkpoint, spec, options, source=source)
 
 
 def run_conversion(

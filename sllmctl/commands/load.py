@@ -32,7 +32,12 @@ def load(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A name below the storage path, or a path.")
     ],
-    device: Annotated[str, typer.Option("--device", help="Where to load to: cpu.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="Where to: npu:0, npu, cuda:1, cpu, or auto for what is there."
+        ),
+    ] = "cpu",
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every byte with the conversion's digests.")
     ] = False,
@@ -69,17 +74,17 @@ def load(
 
     Examples:
 
-      sllmctl load Qwen/Qwen3-8B --verify
+      sllmctl load Qwen/Qwen3-8B --device npu:0 --verify
 
       sllmctl load ./qwen3-8b --prompt "Hello" --max-new-tokens 8
     """
     from sllmctl import api
     from sllmctl.core.config import resolve_model
-    from sllmctl.core.devices import require_cpu
+    from sllmctl.core.devices import find_device
     from sllmctl.core.load import LoadOptions
 
     console = Console.choose(as_json=as_json, quiet=quiet)
-    spec = require_cpu(device)
+    spec = find_device(device)
     options = LoadOptions.choose(
         map_files=map_files, verify=verify, threads=threads, chunk_size=chunk_size
     )
@@ -145,10 +150,6 @@ def _document(model: str, device: str, stats: LoadStats) -> dict[str, Any]:
     }
 
 
-def _copied_from_cache(stats: LoadStats) -> int:
-    return stats.page_cache_bytes - (stats.mapped_bytes - stats.store_bytes)
-
-
 def _lines(
     console: Console, document: dict[str, Any], stats: LoadStats, runs: list[LoadStats]
 ) -> list[str]:
@@ -165,13 +166,17 @@ def _lines(
                     format_rate(moved, seconds) if moved else "",
                 ]
             )
+    # What a store has is mapped into host memory, all of it, and copied to a device, all of it.
+    store_mapped = stats.store_bytes if stats.mapped_bytes >= stats.store_bytes else 0
+    cache_mapped = stats.mapped_bytes - store_mapped
     sources = [
         f"{format_size(nbytes)} {source}"
         for source, nbytes in (
             ("from disk", stats.disk_bytes),
-            ("copied from the page cache", _copied_from_cache(stats)),
-            ("mapped from the page cache, nothing copied", stats.mapped_bytes - stats.store_bytes),
-            ("mapped from the store, nothing copied", stats.store_bytes),
+            ("copied from the page cache", stats.page_cache_bytes - cache_mapped),
+            ("copied from the store", stats.store_bytes - store_mapped),
+            ("mapped from the page cache, nothing copied", cache_mapped),
+            ("mapped from the store, nothing copied", store_mapped),
         )
         if nbytes
     ]

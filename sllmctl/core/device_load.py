@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from sllmctl.core.checkpoint import Checkpoint, Shard, TensorEntry
-from sllmctl.core.devices import wait_for_torch
+from sllmctl.core.devices import DeviceSpec, wait_for_torch
 from sllmctl.core.digest import Reader, shard_checks
 from sllmctl.core.dtypes import torch_dtype, torch_shape
 from sllmctl.core.header import collector_paused
@@ -96,10 +96,12 @@ class DeviceLoad:
         self._chunk_bytes = options.chunk_bytes or CHUNK_BYTES
         self._dtypes = {code: torch_dtype(code) for code in {e.dtype for e in self._entries}}
         wanted = {entry.name: [placement[entry.name]] for entry in self._entries}
-        self._aliases = {a: kept for a, kept in checkpoint.aliases.items() if kept in wanted}
-        for alias, kept in self._aliases.items():
-            if placement[alias] not in wanted[kept]:
-                wanted[kept].append(placement[alias])
+        self._aliases: dict[str, list[str]] = {}
+        for alias, kept in checkpoint.aliases.items():
+            if kept in wanted:
+                self._aliases.setdefault(kept, []).append(alias)
+                if placement[alias] not in wanted[kept]:
+                    wanted[kept].append(placement[alias])
         self.specs = list(dict.fromkeys(spec for specs in wanted.values() for spec in specs))
         sizes: list[list[int]] = [[] for _ in self.specs]
         self._targets: list[list[_Target]] = []
@@ -190,25 +192,24 @@ class DeviceLoad:
         return range(bisect_right(self._ends, start, here.start, here.stop), here.stop)
 
     def build(self) -> dict[str, torch.Tensor]:
-        """Make the tensors, once every byte is in its place; aliases follow.
+        """Make the tensors, once every byte is in its place; an alias follows what it shares.
 
         Names of the same bytes are the same object where they are on the same device.
         """
         tensors: dict[str, torch.Tensor] = {}
-        made: dict[tuple[str, int], torch.Tensor] = {}
         with collector_paused():
             for entry, targets in zip(self._entries, self._targets, strict=True):
+                made: dict[DeviceSpec, torch.Tensor] = {}
                 for device, number in targets:
-                    made[entry.name, device] = self._slabs[device].tensor(
+                    made[self.specs[device]] = self._slabs[device].tensor(
                         number,
                         entry.nbytes,
                         self._dtypes[entry.dtype],
                         torch_shape(entry.dtype, entry.shape),
                         self._strides.get(entry.name),
                     )
-                tensors[entry.name] = made[entry.name, targets[0].device]
-            for alias, kept in self._aliases.items():
-                tensors[alias] = made[kept, self.specs.index(self._placement[alias])]
+                for name in (entry.name, *self._aliases.get(entry.name, ())):
+                    tensors[name] = made[self._placement[name]]
         return tensors
 
     def readers(self, shards: int) -> list[Reader]:

@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import os
 import re
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +127,8 @@ def _import_torch_npu(spec: DeviceSpec, torch_version: str) -> None:
             "`sllmctl doctor` says which",
         )
     try:
-        importlib.import_module("torch_npu")
+        with redirect_stdout(sys.stderr):  # where it prints its warnings
+            importlib.import_module("torch_npu")
     except Exception as exc:  # ImportError without CANN, a bare Exception where it is half there
         reason = str(exc).strip().partition("\n")[0]
         raise DeviceUnavailable(

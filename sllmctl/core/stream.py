@@ -47,7 +47,7 @@ def stream(
     with ExitStack() as stack:
         files = _Files(checkpoint, options, stack)
         ahead: _Window | None = None
-        for entries in [*_windows(checkpoint, window_bytes), []]:
+        for entries in [*windows_of(checkpoint, window_bytes), []]:
             ready, ahead = ahead, _Window(entries, files, stack) if entries else None
             if ready is None:
                 continue
@@ -63,8 +63,8 @@ def stream(
                 del tensor
 
 
-def _windows(checkpoint: Checkpoint, window_bytes: int) -> Iterator[list[TensorEntry]]:
-    """Neighbouring tensors of one shard that are read together."""
+def windows_of(checkpoint: Checkpoint, window_bytes: int) -> Iterator[list[TensorEntry]]:
+    """Neighbouring tensors of one shard that are read together, in file order."""
     entries: list[TensorEntry] = []
     for entry in checkpoint.tensors.values():
         if entries and (

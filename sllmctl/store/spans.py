@@ -10,6 +10,7 @@ from typing import Any
 
 from sllmctl.core.checkpoint import Checkpoint
 from sllmctl.core.device_load import DeviceLoad, FillFn, Span, count_files, file_span, report
+from sllmctl.core.device_stream import FileSource, Source
 from sllmctl.core.load import LoadStats
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import StoreError
@@ -88,6 +89,10 @@ class StoreSpans:
             offset = span.offset + first - span.start
             cut.append(Span(shard, first, last, span.fd, span.path, offset))
         return cut
+
+    def interrupt(self) -> None:
+        """End a wait for the store, from another thread."""
+        self._client.close()
 
     def close(self) -> None:
         """End the lease, and close what is still open."""
@@ -193,3 +198,21 @@ def fill_through_store(
                 stats.copy_s += max(0.0, now.copy_s - now.read_s)
 
     return fill
+
+
+def store_source(
+    client: StoreClient, checkpoint: Checkpoint, label: str, required: bool, fds: Sequence[int]
+) -> Source:
+    """A stream's source: the store as far as it has or gets the checkpoint, else the files.
+
+    Raises:
+        StoreError: The store refuses, and is required.
+    """
+    try:
+        return StoreSpans(client, checkpoint, fds, label)
+    except StoreError as exc:
+        client.close()
+        if required:
+            raise
+        log.warning("the store cannot serve this stream (%s); it comes from disk", exc)
+        return FileSource(checkpoint, fds)
