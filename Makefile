@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick lint format docs fuzz torture check-deploy bench clean
+.PHONY: help setup demo test test-quick test-models test-transformers-4 lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
 
 setup: $(STAMP) ## a virtual environment with an editable install, the native library built in the tree
 
@@ -37,6 +37,27 @@ test: setup lint ## everything that CI runs
 
 test-quick: setup ## unit tests alone: seconds
 	$(BIN)/python -m pytest tests/unit
+
+# Packages that take the place of those of the environment for whoever has them in PYTHONPATH.
+QUANTIZERS := $(VENV)/overlays/quantizers
+TRANSFORMERS_4 := $(VENV)/overlays/transformers-4
+MODEL_TESTS := $(addprefix tests/integrations/,test_load_model.py test_misfits.py test_quantized.py \
+	test_answer.py test_loaded_tensors.py test_save_model.py every_architecture.py)
+
+$(VENV)/overlays/%/.ready:
+	@$(PIP) install --quiet --no-deps --upgrade --target $(@D) $(PACKAGES)
+	@touch $@
+
+$(QUANTIZERS)/.ready: PACKAGES = compressed-tensors loguru pydantic torchao
+$(TRANSFORMERS_4)/.ready: PACKAGES = transformers==4.57.6 'huggingface_hub>=0.34,<1' \
+	'tokenizers>=0.22,<0.23.1'
+
+test-models: setup $(QUANTIZERS)/.ready ## load every architecture and quantized models: minutes
+	PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m pytest $(MODEL_TESTS)
+
+test-transformers-4: setup $(QUANTIZERS)/.ready $(TRANSFORMERS_4)/.ready ## the same with transformers 4
+	PYTHONPATH=$(abspath $(TRANSFORMERS_4)):$(abspath $(QUANTIZERS)) \
+		$(BIN)/python -m pytest $(MODEL_TESTS)
 
 lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .

@@ -123,6 +123,9 @@ def build_model(
         CheckpointError: A weight is missing, unexpected or of another shape; the message names it.
         ConfigError: ``torch_dtype`` is none, or transformers can do nothing with the rest.
     """
+    import torch
+
+    _require_scales(skeleton, tensors)
     model_class: Any = skeleton.model_class
     options: dict[str, Any] = {_dtype_keyword(): parse_dtype(torch_dtype)}
     if quantization_config is not None:
@@ -141,15 +144,16 @@ def build_model(
                 **options,
                 **skeleton.init_kwargs,
             )
-        except RuntimeError as exc:
-            unconverted = _unconverted(reports)
-            if not unconverted:
-                raise
-            raise _misfit(skeleton, [f"not convertible: {_names(unconverted)}"]) from exc
-        except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as exc:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as exc:  # transformers and its quantizers raise what they like
+            if problems := _reported(reports):
+                raise _misfit(skeleton, problems) from exc
             raise ConfigError(
                 _refusal(model_class, skeleton.path, exc),
-                hint="its config.json or an argument makes no sense to that class",
+                hint="install what it asks for"
+                if isinstance(exc, ImportError)
+                else "its config.json or an argument makes no sense to that class",
             ) from exc
     problems = _problems(info)
     if problems:
@@ -283,10 +287,33 @@ def _misfit(skeleton: Skeleton, problems: Iterable[str]) -> CheckpointError:
     )
 
 
-def _unconverted(reports: Iterable[str]) -> list[str]:
-    """Names that transformers could not convert, from its rows ``name | CONVERSION | …``."""
-    rows = (line.split("|") for report in reports for line in report.splitlines())
-    return [row[0].strip() for row in rows if len(row) > 1 and "CONVERSION" in row[1]]
+def _reported(reports: Iterable[str]) -> list[str]:
+    """What transformers reported before it gave up, from its rows ``name | MISSING | …``."""
+    rows = [line.split("|") for report in reports for line in report.splitlines()]
+    problems = []
+    for mark, word in (("CONVERSION", "not convertible"), ("MISSING", "missing")):
+        names = [row[0].strip() for row in rows if len(row) > 1 and mark in row[1]]
+        if names:
+            problems.append(f"{word}: {_names(names)}")
+    return problems
+
+
+def _require_scales(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a quantized weight that has lost its scale: transformers 5.x would do without.
+
+    Raises:
+        CheckpointError: Some weights of eight bits have one beside them, and others have none.
+    """
+    import torch
+
+    if getattr(skeleton.config, "quantization_config", None) is None:
+        return
+    eight_bits = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    names = [name for name, tensor in tensors.items() if tensor.dtype in eight_bits]
+    for suffix in ("_scale_inv", "_scale"):
+        missing = [name + suffix for name in names if name + suffix not in tensors]
+        if missing and len(missing) < len(names):
+            raise _misfit(skeleton, [f"missing: {_names(missing)}"])
 
 
 def _names(names: Iterable[str]) -> str:
