@@ -82,3 +82,24 @@ def read_sllm_store(directory: Path) -> dict[str, torch.Tensor]:
         record = memory[offset : offset + size].clone().view(dtype)
         tensors[name] = record.as_strided(shape, stride)
     return tensors
+
+
+def golden_tensors() -> dict[str, torch.Tensor]:
+    """What `tests/data/sllm_store_080` holds, which sllm_store 0.8.0 itself has written.
+
+    They are 4096 bytes with padding: its writer loses the end of any save that fills no page.
+    """
+    embed = torch.arange(96).reshape(8, 12).to(torch.bfloat16)
+    return {
+        "embed": embed,
+        "head": embed,
+        "half": torch.linspace(-1, 1, 7).to(torch.float16),
+        "single": torch.linspace(0, 1, 5),
+        "transposed": torch.arange(30, dtype=torch.float64).reshape(5, 6).t(),
+        "int8": torch.arange(-9, 10, dtype=torch.int8),
+        "int16": torch.arange(3, dtype=torch.int16),
+        "start": torch.arange(500, dtype=torch.int32)[:10],
+        "scalar": torch.tensor(-7),
+        "empty": torch.empty(0, 4, dtype=torch.float16),
+        "bytes": torch.arange(1581, dtype=torch.int64).to(torch.uint8),
+    }

@@ -40,6 +40,9 @@ TIED_NAME = "tied_no_split_modules.json"
 ALIGN_BYTES = 512
 """Tensors start at its multiples in what we write, and records are as long."""
 
+PARTITION_BYTES = 10 * 2**30
+"""The writer starts another file rather than let a second record pass this size."""
+
 _DATA_NAME = re.compile(r"tensor\.data_(0|[1-9][0-9]{0,8})")
 _RANK_NAME = re.compile(r"rank_(0|[1-9][0-9]{0,5})")
 _MAX_NUMBER = 2**63 - 1
@@ -255,6 +258,13 @@ def _place(records: Sequence[Record], sizes: Sequence[int], file: str) -> Placed
             raise CheckpointError(
                 f"`{data_name(number)}` starts with {begin} bytes of no tensor in {shown(file)}: "
                 "a file before it is shorter than when it was written",
+                hint=_HINT,
+            )
+        if begin and begin + record.size > PARTITION_BYTES:
+            raise CheckpointError(
+                f"tensor {shown(record.name)} of {shown(file)} ends at byte "
+                f"{begin + record.size} of `{data_name(number)}`, where the writer had started "
+                "another file: this one has been written over a longer one",
                 hint=_HINT,
             )
         last = number

@@ -14,7 +14,7 @@ from itertools import accumulate
 from sllmctl.core.checkpoint import natural_key
 from sllmctl.core.dtypes import CODES
 from sllmctl.core.header import TensorEntry, shown
-from sllmctl.core.sllm_store import ALIGN_BYTES, data_name
+from sllmctl.core.sllm_store import ALIGN_BYTES, PARTITION_BYTES, data_name
 from sllmctl.core.write.layout import PAGE_BYTES, ShardLayout, TensorSpec
 from sllmctl.errors import ConfigError
 
@@ -29,7 +29,8 @@ def plan_data_files(tensors: Iterable[TensorSpec], *, max_shard_bytes: int) -> l
 
     Args:
         tensors: In any order; names are unique.
-        max_shard_bytes: A file is no larger, unless it holds a single tensor that is.
+        max_shard_bytes: A file is no larger, nor than 10 GiB, unless it holds a single tensor
+            that is.
 
     Returns:
         At least one file. A tensor without elements is at the start of the first.
@@ -37,6 +38,7 @@ def plan_data_files(tensors: Iterable[TensorSpec], *, max_shard_bytes: int) -> l
     Raises:
         ConfigError: sllm-store could not load a tensor.
     """
+    limit = min(max_shard_bytes, PARTITION_BYTES)
     files: list[list[TensorEntry]] = [[]]
     position = 0
     for spec in sorted(tensors, key=lambda spec: (natural_key(spec.name), spec.name)):
@@ -48,7 +50,7 @@ def plan_data_files(tensors: Iterable[TensorSpec], *, max_shard_bytes: int) -> l
         if spec.nbytes == 0:
             files[0].append(TensorEntry(spec.name, spec.dtype, spec.shape, 0, 0, 0))
             continue
-        if position and _round_up(position + spec.nbytes, PAGE_BYTES) > max_shard_bytes:
+        if position and _round_up(position + spec.nbytes, PAGE_BYTES) > limit:
             files.append([])
             position = 0
         files[-1].append(
