@@ -1,4 +1,7 @@
-"""What a model's weight loaders write: seen write by write, so that nothing stays unwritten."""
+"""What a model's weight loaders write: seen write by write, so that nothing stays unwritten.
+
+What they copy to an accelerator goes there through pinned memory on its way.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from sllmctl.integrations.engine_gather import DeviceCopies
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,10 +54,13 @@ class WeightWrites(TorchFunctionMode):
 
     Engines cut and fuse weights with ``Tensor.copy_`` into views of their parameters, and say at
     most which parameters got anything at all. The bytes that were written tell what is missing.
+    A copy from host memory to an accelerator is done by ``DeviceCopies``; one within host memory,
+    or within a device, is torch's as ever. Leaving it waits for the copies.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._copies = DeviceCopies()
         self._regions: dict[int, list[_Region]] = {
             address: []
             for parameter in model.parameters()
@@ -67,7 +75,10 @@ class WeightWrites(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run a torch function, and note the tensor that it writes to."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = self._take_over(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _WRITERS and args:
             self._note(args[0])
@@ -79,6 +90,30 @@ class WeightWrites(TorchFunctionMode):
             self._regions.setdefault(address, [])
             self._note(args[0])
         return result
+
+    def __enter__(self) -> WeightWrites:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        self._copies.__exit__(*exc)
+
+    def _take_over(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Do what a function does, if it copies from host memory to an accelerator; else None."""
+        if func is torch.Tensor.copy_ and len(args) > 1 and self._copies.crosses(*args[:2]):
+            self._copies.copy(args[0], args[1])
+            return args[0]
+        if func is torch.Tensor.__setitem__ and self._copies.crosses(args[0], args[2]):
+            part = args[0][args[1]]
+            if _address(part) == _address(args[0]):
+                self._copies.copy(part, args[2])
+                return args[0]
+        elif args and isinstance(args[0], torch.Tensor):
+            return self._copies.moved(func, *args, **kwargs)
+        return None
 
     def _note(self, tensor: torch.Tensor) -> None:
         regions = self._regions.get(_address(tensor) or 0)

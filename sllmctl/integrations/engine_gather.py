@@ -1,0 +1,153 @@
+"""Copies of a model's weight loaders to an accelerator: through pinned memory, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+from sllmctl.core.devices import DeviceSpec, torch_runtime
+from sllmctl.core.rings import CHUNK_BYTES, borrow_ring, open_device, release_staging
+from sllmctl.native import Gather
+
+_SLOTS = 4
+_LEGACY_STREAM = 1
+"""CUDA's name for the default stream, whose handle is 0. Source: cudaStreamLegacy."""
+
+_MOVES = tuple(
+    getattr(torch.Tensor, name) for name in ("to", "cuda", "npu") if hasattr(torch.Tensor, name)
+)
+
+
+class Rows(NamedTuple):
+    """A slice of host memory in two dimensions: what one native copy takes."""
+
+    address: int
+    rows: int
+    row_bytes: int
+    stride_bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Rows | None:
+        """The elements of a tensor, not empty, in row-major order; None where it takes more."""
+        size = tensor.element_size()
+        # Length and stride in bytes, innermost first, neighbours merged where they run on.
+        merged = [(size, 1)]
+        for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+            last_length, last_stride = merged[-1]
+            if length == 1:
+                continue
+            if stride * size == last_length * last_stride:
+                merged[-1] = (last_length * length, last_stride)
+            else:
+                merged.append((length, stride * size))
+        if len(merged) > 2:
+            return None
+        rows, stride_bytes = merged[1] if len(merged) == 2 else (1, merged[0][0])
+        return cls(tensor.data_ptr(), rows, merged[0][0], stride_bytes)
+
+
+class DeviceCopies:
+    """Takes over copies from host memory to NPUs and CUDA devices, on torch's current stream.
+
+    No address of a mapped file or of the store's memory ever reaches a device's runtime: pages
+    that are not pinned are slow to copy from, and may hang. All calls come from one thread, the one
+    that has the device as its current one. Use it with ``with``: the end waits for the copies.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._gathers: dict[torch.device, Gather] = {}
+        self._specs: list[DeviceSpec] = []
+        self.bytes = 0
+
+    @staticmethod
+    def crosses(target: object, source: object) -> bool:
+        """Whether a copy goes from host memory to an accelerator that we serve."""
+        return (
+            isinstance(target, torch.Tensor)
+            and target.device.type in ("npu", "cuda")
+            and isinstance(source, torch.Tensor)
+            and source.device.type == "cpu"
+        )
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Do what ``target.copy_(source)`` does.
+
+        Args:
+            target: On an accelerator, of any strides.
+            source: On cpu, of any strides and dtype; broadcast to the target's shape. Free again
+                when this returns.
+
+        Raises:
+            DeviceError: The runtime refused, or stalled.
+            HostMemoryError: No memory could be pinned.
+        """
+        source = source.detach().expand(target.shape)
+        if not target.numel():
+            return
+        if source.dtype != target.dtype:
+            source = source.to(target.dtype)
+        source = source.resolve_conj().resolve_neg()
+        if not target.is_contiguous():
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            self.copy(whole, source)
+            target.detach().copy_(whole)
+            return
+        rows = Rows.of(source)
+        if rows is None:
+            source = source.contiguous()
+            rows = Rows.of(source)
+            assert rows is not None
+        self._gather(target.device).copy(
+            target.data_ptr(),
+            rows.address,
+            rows=rows.rows,
+            row_bytes=rows.row_bytes,
+            source_stride_bytes=rows.stride_bytes,
+        )
+        self.bytes += target.numel() * target.element_size()
+
+    def moved(
+        self,
+        func: Callable[..., torch.Tensor],
+        source: torch.Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> torch.Tensor | None:
+        """Do what ``source.to(...)`` does when it leads to an accelerator; else None."""
+        if func not in _MOVES or source.device.type != "cpu":
+            return None
+        like = func(torch.empty(0, dtype=source.dtype), *args, **kwargs)
+        if not self.crosses(like, source):
+            return None
+        target = torch.empty(source.shape, dtype=like.dtype, device=like.device)
+        self.copy(target, source)
+        return target
+
+    def _gather(self, device: torch.device) -> Gather:
+        if device not in self._gathers:
+            spec = DeviceSpec(device.type, device.index or 0)
+            stream = getattr(
+                torch_runtime(spec).current_stream(spec.ordinal), f"{spec.kind}_stream"
+            )
+            # In this order: the gather ends before its ring goes back, and that before it is freed.
+            self._stack.callback(release_staging, [spec])
+            ring = self._stack.enter_context(
+                borrow_ring(spec, chunk_bytes=CHUNK_BYTES, chunks=_SLOTS, readers=_SLOTS)
+            )
+            gather = Gather(open_device(spec), ring, stream=int(stream) or _LEGACY_STREAM)
+            self._gathers[device] = self._stack.enter_context(gather)
+        return self._gathers[device]
+
+    def __enter__(self) -> DeviceCopies:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._stack:
+            gathers, self._gathers = self._gathers, {}
+            if kind is None:
+                for gather in gathers.values():
+                    gather.synchronize()
