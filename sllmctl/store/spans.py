@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
 from sllmctl.core.checkpoint import Checkpoint
 from sllmctl.core.device_load import DeviceLoad, FillFn, Span, count_files, file_span, report
@@ -15,6 +13,7 @@ from sllmctl.core.load import LoadStats
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import StoreError
 from sllmctl.store.client import StoreClient
+from sllmctl.store.delivery import Delivery
 from sllmctl.store.protocol import close_fds
 from sllmctl.store.residency import Piece
 
@@ -24,13 +23,14 @@ log = logging.getLogger(__name__)
 class StoreSpans:
     """Where the parts of a checkpoint are, as far as a store has told.
 
-    It holds the store's descriptors until they are let go, and the lease until `close`.
-
     Args:
         client: A connection for this alone.
         checkpoint: What is loaded.
         fds: Its shards, open.
         label: How the store shows it.
+
+    Attributes:
+        delivery: Which parts came, and from where.
 
     Raises:
         StoreError: The store refuses.
@@ -42,53 +42,36 @@ class StoreSpans:
         self._client = client
         self._shards = checkpoint.shards
         self._fds = fds
-        self._segment_bytes = client.segment_bytes
-        self._held: dict[Piece, int] = {}
-        self._seen: set[Piece] = set()
-        self._settled = False
         client.send_shards([shard.path.name for shard in self._shards], fds)
-        client.send({"op": "attach", "label": label})
-        attached, _ = client.receive()
-        try:
-            self._coming = {(int(shard), int(index)) for shard, index in attached["coming"]}
-        except (KeyError, TypeError, ValueError) as exc:
-            raise StoreError("the store's answer makes no sense") from exc
+        attached = client.ask({"op": "attach", "label": label})
+        self.delivery = Delivery(client, attached, [shard.size for shard in self._shards])
+        self._coming = self.delivery.parts()
+        self._settled = False
+        self._held: dict[Piece, int] = {}
 
-    def batches(self) -> Iterator[tuple[list[Span], str]]:
-        """Every part of the checkpoint, once: what the store sends, as it comes, then the rest.
-
-        With it: ``store`` for what was warm, ``disk`` for what the store read for this, ``files``
-        for what is left. A batch's descriptors are closed when the next one is asked for.
-        """
+    def arrivals(self) -> Iterator[list[Span]]:
+        """What the store sends, as it comes; descriptors end when the next ones are asked for."""
         while not self._settled:
             pieces = self._receive()
-            warm = [piece for piece in pieces if piece not in self._coming]
-            read = [piece for piece in pieces if piece in self._coming]
-            for batch, origin in ((warm, "store"), (read, "disk")):
-                if batch:
-                    yield [self._span(piece) for piece in batch], origin
-                    self._let_go(batch)
-        rest = [piece for piece in self._pieces() if piece not in self._seen]
-        if rest:
-            yield [self._span(piece) for piece in rest], "files"
+            if pieces:
+                yield [self._span(piece) for piece in pieces]
+            self._let_go(pieces)
+
+    def rest(self) -> list[Span]:
+        """What did not come from the store, in the files."""
+        return [self._span(piece) for piece in self.delivery.missing()]
 
     def spans(self, shard: int, start: int, end: int) -> list[Span]:
-        """Where a range of a shard is; waits for what the store says is coming.
+        """Where a range of a shard is; waits for what the store has not sent yet.
 
-        Descriptors of parts before it are closed: ask in file order.
+        Descriptors of parts before it end: ask in file order.
         """
-        size = self._segment_bytes
-        wanted = [(shard, index) for index in range(start // size, -(-end // size))]
-        self._let_go([piece for piece in self._held if piece < (shard, start // size)])
-        while not self._settled and any(piece not in self._seen for piece in wanted):
+        unit = self.delivery.segment_bytes
+        wanted = [(shard, index) for index in range(start // unit, -(-end // unit))]
+        self._let_go([piece for piece in self._held if piece < (shard, start // unit)])
+        while not self._settled and any(piece not in self._held for piece in wanted):
             self._receive()
-        cut = []
-        for piece in wanted:
-            span = self._span(piece)
-            first, last = max(start, span.start), min(end, span.end)
-            offset = span.offset + first - span.start
-            cut.append(Span(shard, first, last, span.fd, span.path, offset))
-        return cut
+        return [self._span(piece, start, end) for piece in wanted]
 
     def interrupt(self) -> None:
         """End a wait for the store, from another thread."""
@@ -100,50 +83,26 @@ class StoreSpans:
         self._client.close()
 
     def _receive(self) -> list[Piece]:
-        """The parts of one message; none, once nothing more will come."""
-        fds: list[int] = []
-        try:
-            message, fds = self._client.receive()
-            if message.get("event") == "settled":
-                self._settled = True
-                return []
-            return self._take(message["pieces"], fds)
-        except (StoreError, KeyError, TypeError, ValueError) as exc:
-            log.warning("the store went away during the load (%s); the rest comes from disk", exc)
-            close_fds(fds)
+        """The parts of one message; none when nothing more will come."""
+        parts = next(self._coming, None)
+        if parts is None:
             self._settled = True
-            self._client.close()
             return []
+        self._held.update(parts)
+        return list(parts)
 
-    def _take(self, named: Any, fds: Sequence[int]) -> list[Piece]:
-        pieces = [(int(shard), int(index)) for shard, index in named]
-        for piece, fd in zip(pieces, fds, strict=True):
-            if not self._exists(piece) or os.fstat(fd).st_size < self._piece_bytes(piece):
-                raise StoreError(f"the store sent a part {piece} that does not fit the checkpoint")
-        self._held.update(zip(pieces, fds, strict=True))
-        self._seen.update(pieces)
-        return pieces
-
-    def _span(self, piece: Piece) -> Span:
+    def _span(self, piece: Piece, start: int = 0, end: int | None = None) -> Span:
+        """Where of a part what lies between two bytes of the shard is."""
         shard, index = piece
-        start = index * self._segment_bytes
-        end = start + self._piece_bytes(piece)
+        base = index * self.delivery.segment_bytes
+        first = max(start, base)
+        last = base + self.delivery.nbytes(piece)
+        if end is not None:
+            last = min(end, last)
         if piece in self._held:
-            return Span(shard, start, end, self._held[piece], f"{self._shards[shard].path}", 0)
-        return file_span(shard, self._shards[shard], self._fds[shard], start, end)
-
-    def _piece_bytes(self, piece: Piece) -> int:
-        shard, index = piece
-        return min(self._segment_bytes, self._shards[shard].size - index * self._segment_bytes)
-
-    def _exists(self, piece: Piece) -> bool:
-        shard, index = piece
-        return 0 <= shard < len(self._shards) and index >= 0 and self._piece_bytes(piece) > 0
-
-    def _pieces(self) -> Iterator[Piece]:
-        for number, shard in enumerate(self._shards):
-            for index in range(-(-shard.size // self._segment_bytes)):
-                yield number, index
+            path = str(self._shards[shard].path)
+            return Span(shard, first, last, self._held[piece], path, first - base)
+        return file_span(shard, self._shards[shard], self._fds[shard], first, last)
 
     def _let_go(self, pieces: Sequence[Piece]) -> None:
         close_fds([self._held.pop(piece) for piece in pieces])
@@ -179,23 +138,16 @@ def fill_through_store(
             log.warning("the store cannot serve this load (%s); it goes to disk", exc)
             otherwise(fds, stats)
             return
+        done = 0
         with closing(parts):
-            done = 0
-            for spans, origin in parts.batches():
+            for spans in parts.arrivals():
                 now = load.read(spans, report(progress, load.nbytes, done))
-                if now is None:
-                    continue
-                done += now.bytes_done
-                if origin == "files":
-                    count_files(stats, now)
-                    continue
-                nbytes = sum(
-                    max(0, span.end - max(span.start, checkpoint.shards[span.shard].data_offset))
-                    for span in spans
-                )
-                stats.store_bytes += nbytes if origin == "store" else 0
-                stats.disk_bytes += nbytes if origin == "disk" else 0
-                stats.copy_s += max(0.0, now.copy_s - now.read_s)
+                if now is not None:
+                    done += now.bytes_done
+                    stats.copy_s += max(0.0, now.copy_s - now.read_s)
+            parts.delivery.count(stats, checkpoint.shards)
+            stats.mapped_bytes = 0  # on its way to a device every byte is copied
+            count_files(stats, load.read(parts.rest(), report(progress, load.nbytes, done)))
 
     return fill
 
