@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sllmctl.core.background import Loading
 from sllmctl.core.checkpoint import Checkpoint, Format, open_checkpoint
-from sllmctl.core.config import resolve_model
+from sllmctl.core.config import looks_like_path, resolve_model
 from sllmctl.core.device_load import DeviceLoad, complete, fill_from_files
 from sllmctl.core.devices import find_device
 from sllmctl.core.load import Loaded, LoadOptions
@@ -20,9 +20,10 @@ from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.placement import DeviceMap
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
-from sllmctl.errors import ConfigError, StoreError, StoreUnreachable
+from sllmctl.errors import CheckpointNotFound, ConfigError, StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
-from sllmctl.store.load import load_through_store
+from sllmctl.store.load import load_named, load_named_to_devices, load_through_store
+from sllmctl.store.named import NamedModel
 from sllmctl.store.spans import fill_through_store, store_source
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def load(
         label: How the store shows the model; as ``model`` says when not given.
         options: How to load; from the environment when not given.
         progress: Called with stage ``read``.
+
+    A name whose weights are not here is asked of the store, which may see them, or have it warm.
 
     Raises:
         CheckpointNotFound, CheckpointError: No checkpoint is there, or it is damaged.
@@ -132,15 +135,24 @@ def _prepare(
     devices = DeviceMap.parse(device_map)  # imports torch_npu where one is an NPU
     options = options or LoadOptions.choose()
     started = time.perf_counter()
-    path = resolve_model(model, storage_path)
-    checkpoint = open_checkpoint(path)
-    client = _connect(store, socket)
-    label = label or (model if isinstance(model, str) else str(path))
+    named = None
+    try:
+        checkpoint = open_checkpoint(resolve_model(model, storage_path))
+        client = _connect(store, socket)
+    except CheckpointNotFound as exc:
+        named = _find_in_store(model, store, socket, exc)
+        checkpoint, client = named.checkpoint, named.client
+    label = label or (model if isinstance(model, str) else str(checkpoint.path))
     opened = time.perf_counter()
     placement = devices.place(checkpoint)
     run: Callable[[ProgressFn | None], Loaded]
     if all(spec.kind == "cpu" for spec in placement.values()):
         run = partial(_load_to_host, checkpoint, options, client, store, label)
+        if named is not None:
+            run = partial(load_named, named, options)
+    elif named is not None:
+        ready = DeviceLoad(checkpoint, placement, options)
+        run = partial(load_named_to_devices, named, ready, options)
     else:
         ready = DeviceLoad(checkpoint, placement, options)
         run = partial(_load_to_devices, checkpoint, ready, options, client, store, label)
@@ -154,6 +166,28 @@ def _prepare(
         return loaded
 
     return finish
+
+
+def _find_in_store(
+    model: Model, store: StoreUse, socket: Path | None, missing: CheckpointNotFound
+) -> NamedModel:
+    """What a store has of a model by this name, whose weights are not here.
+
+    Raises:
+        CheckpointNotFound: None answers, or it has no such model.
+    """
+    if isinstance(model, os.PathLike) or looks_like_path(model):
+        raise missing
+    client = _connect(store, socket)
+    if client is None:
+        raise missing
+    try:
+        return NamedModel(client, model)
+    except StoreError as exc:
+        client.close()
+        raise CheckpointNotFound(
+            f"{missing}, and the store has none: {exc}", hint=missing.hint
+        ) from exc
 
 
 def _load_to_host(

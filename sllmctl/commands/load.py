@@ -90,16 +90,17 @@ def load(
     )
     if prompt is not None and repeat > 1:
         raise ConfigError("--prompt answers once", hint="leave out --repeat")
-    path = resolve_model(model, storage_path)
+    if prompt is not None:
+        path = resolve_model(model, storage_path)
     runs: list[LoadStats] = []
     with console.progress() as progress:
         for _ in range(repeat):
             loaded = api.load(
-                path,
+                model,
                 spec,
+                storage_path=storage_path,
                 store=store.value,
                 socket=socket,
-                label=model,
                 options=options,
                 progress=progress,
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 
 from sllmctl.core.checkpoint import Checkpoint
+from sllmctl.core.device_load import DeviceLoad, count_files, report
 from sllmctl.core.digest import Verification, memory_reader, shard_checks
 from sllmctl.core.load import (
     Loaded,
@@ -72,7 +73,7 @@ def load_through_store(
 
 
 def load_named(
-    model: NamedModel, options: LoadOptions, *, progress: ProgressFn | None = None
+    model: NamedModel, options: LoadOptions, progress: ProgressFn | None = None
 ) -> Loaded:
     """Load every tensor of a model that a store has by its name; its descriptors are closed.
 
@@ -91,6 +92,39 @@ def load_named(
         )
     finally:
         model.close()
+
+
+def load_named_to_devices(
+    model: NamedModel,
+    load: DeviceLoad,
+    options: LoadOptions,
+    progress: ProgressFn | None = None,
+) -> Loaded:
+    """Bring a model that a store has by its name to devices; its lease ends.
+
+    Raises:
+        CheckpointError: ``verify``: digests are in a file beside the weights.
+        ReadError, DeviceError: As ``DeviceLoad.read`` raises them.
+    """
+    started = time.perf_counter()
+    checkpoint, delivery = model.checkpoint, model.delivery
+    stats = LoadStats(len(checkpoint.tensors) + len(checkpoint.aliases), checkpoint.nbytes)
+    try:
+        if options.verify:
+            shard_checks(checkpoint, model.files, load.readers(len(checkpoint.shards)))
+        load.read(map(model.span, delivery.got), report(progress, load.nbytes))
+        delivery.count(stats, checkpoint.shards)
+        stats.mapped_bytes = 0
+        count_files(stats, load.read(map(model.span, delivery.missing())))
+    finally:
+        model.close()
+        model.client.close()
+    stats.read_s = time.perf_counter() - started
+    tensors = load.build()
+    stats.build_s = time.perf_counter() - started - stats.read_s
+    stats.elapsed_s = time.perf_counter() - started
+    stats.count_tensors_alone()
+    return Loaded(tensors, stats)
 
 
 def _load(

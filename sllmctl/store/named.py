@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, ParsedShard, open_shards, parse_shard
+from sllmctl.core.device_load import Span
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import CheckpointError, StoreError
 from sllmctl.store.client import StoreClient
@@ -66,6 +67,16 @@ class NamedModel:
         """Close the descriptors."""
         close_fds([*self.held.values(), *self.files])
         self.held, self.files = {}, []
+
+    def span(self, piece: Piece) -> Span:
+        """Where a part is: in a segment, or in the shard's own file."""
+        shard, index = piece
+        start = index * self.client.segment_bytes
+        end = start + self.delivery.nbytes(piece)
+        path = str(self.checkpoint.shards[shard].path)
+        if piece in self.held:
+            return Span(shard, start, end, self.held[piece], path, 0)
+        return Span(shard, start, end, self.files[shard], path, start)
 
     def _take_files(self, attached: Message) -> None:
         while len(self._shards) < attached["shards"]:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sllmctl import load_tensors
+from sllmctl import api, load_tensors
+from sllmctl.core.device_load import DeviceLoad
 from sllmctl.core.load import Loaded, LoadOptions
-from sllmctl.errors import CheckpointError, StoreError
+from sllmctl.core.placement import DeviceMap
+from sllmctl.errors import CheckpointError, CheckpointNotFound
 from sllmctl.store.client import StoreClient
-from sllmctl.store.load import load_named
+from sllmctl.store.load import load_named_to_devices
 from sllmctl.store.named import NamedModel
 from tests.conftest import same_bits
 from tests.store.conftest import MIB, RunningStore
@@ -30,7 +32,11 @@ def warm(store: RunningStore, name: str) -> None:
 
 
 def load(store: RunningStore, name: str, options: LoadOptions | None = None) -> Loaded:
-    return load_named(NamedModel(StoreClient(store.socket), name), options or LoadOptions())
+    """Load as a process does that sees no file of the store's."""
+    nowhere = store.storage.parent / "nowhere"
+    return api.load(
+        name, store="require", socket=store.socket, storage_path=nowhere, options=options
+    )
 
 
 def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -92,22 +98,23 @@ def test_a_model_that_is_partly_warm_and_gone_is_refused_with_numbers(
     path = make_model("large", mib=100)
     warm(store, "large")
     shutil.rmtree(path)
-    with pytest.raises(StoreError, match=r"32 of 5\d parts of `large`, and its files are gone"):
+    with pytest.raises(CheckpointNotFound, match=r"32 of 5\d parts .* its files are gone"):
         load(store, "large")
     store.wait_for(lambda status: not status["leases"])
 
 
 def test_a_name_that_nobody_knows_is_refused(store: RunningStore, make_model: MakeModel) -> None:
     make_model("m")
-    with pytest.raises(StoreError, match="no checkpoint at .*nobody"):
+    with pytest.raises(CheckpointNotFound, match="`nobody`.* and the store has none"):
         load(store, "nobody")
+    for path in (store.storage / "nobody", "../models/m", "/m"):
+        with pytest.raises(CheckpointNotFound, match="there is no"):
+            api.load(path, store="require", socket=store.socket)
 
 
 def test_a_client_that_brings_the_files_of_a_name_makes_it_known_by_that_name(
     store: RunningStore, make_model: MakeModel
 ) -> None:
-    from sllmctl import api
-
     path = make_model("org/model")
     want = bytes_of(path)
     api.load("org/model", store="require", socket=store.socket, storage_path=store.storage)
@@ -119,13 +126,11 @@ def test_a_client_that_brings_the_files_of_a_name_makes_it_known_by_that_name(
 def test_a_label_is_no_name_unless_the_files_are_those_of_the_name(
     store: RunningStore, make_model: MakeModel
 ) -> None:
-    from sllmctl import api
-
     real, other = make_model("real"), make_model("other", seed=5)
     api.load(other, store="require", socket=store.socket, label="real")
     gc.collect()
     shutil.rmtree(real)
-    with pytest.raises(StoreError, match="no checkpoint at"):
+    with pytest.raises(CheckpointNotFound, match="the store has none"):
         load(store, "real")
 
 
@@ -149,3 +154,22 @@ def test_digests_that_are_gone_are_not_passed_over(
     shutil.rmtree(path)
     with pytest.raises(CheckpointError, match="no digests"):
         load(store, "m", LoadOptions(verify=True))
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_model_by_its_name_reaches_a_device_through_the_ring(
+    store: RunningStore, make_model: MakeModel, gone: bool
+) -> None:
+    path = make_model("m", mib=30 if gone else 100)
+    want = bytes_of(path)
+    warm(store, "m")
+    if gone:
+        shutil.rmtree(path)
+    named = NamedModel(StoreClient(store.socket), "m")
+    options, placement = LoadOptions(), DeviceMap.parse("cpu").place(named.checkpoint)
+    loaded = load_named_to_devices(named, DeviceLoad(named.checkpoint, placement, options), options)
+    assert_equal(loaded.tensors, want)
+    stats = loaded.stats
+    assert stats.store_bytes + stats.disk_bytes + stats.page_cache_bytes == stats.bytes
+    assert (stats.store_bytes == stats.bytes) == gone
+    store.wait_for(lambda status: not status["leases"])
