@@ -89,7 +89,7 @@ check-deploy: ## the systemd unit and the Kubernetes files against their own too
 	build/deploy/bin/kubernetes-validate --strict docs/guides/deploy/*.yaml
 
 bench: setup ## measure loads and conversion against the machine's limits
-	$(BIN)/python -m sllmctl.bench
+	$(BIN)/python -m sllmctl bench --size 2GB
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info sllmctl/_native*.so demo

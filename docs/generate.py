@@ -1,7 +1,7 @@
 """Write the pages of `docs/reference/` that follow the code: `python -m docs.generate`.
 
 `cli.md` comes from the declarations that `--help` shows, `errors.md` from the exception classes,
-`c-api.md` from the header.
+`c-api.md` from the header, the tables of `../benchmarks.md` from the results of a run.
 `tests/docs` fails when a page is stale.
 """
 
@@ -22,9 +22,13 @@ from typer.models import ArgumentInfo, OptionInfo
 import sllmctl
 from docs import c_api
 from sllmctl import cli, errors
+from sllmctl.bench import markdown
+from sllmctl.bench.document import read_document
+from sllmctl.bench.report import RESULTS
 from sllmctl.commands.verify import EXIT_PROBLEMS
 
 REFERENCE = Path(__file__).parent / "reference"
+BENCHMARKS = REFERENCE.parent / "benchmarks.md"
 PACKAGE = Path(sllmctl.__file__).parent
 NOTICE = "<!-- Written by docs/generate.py; `python -m docs.generate` brings it up to date. -->"
 _DEFAULT = re.compile(r"\s*\[default: ([^\]]*)\]$")
@@ -252,14 +256,27 @@ def c_page() -> str:
     return _page([NOTICE, *c_api.paragraphs()])
 
 
-PAGES = {"cli.md": cli_page, "errors.md": errors_page, "c-api.md": c_page}
+def benchmarks_page() -> str:
+    """The text of `benchmarks.md`: its tables follow the results of a run."""
+    results = BENCHMARKS.parent / "benchmarks" / RESULTS
+    document = read_document(results) if results.exists() else None
+    return markdown.fill(BENCHMARKS.read_text(), document)
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "errors.md": errors_page,
+    "c-api.md": c_page,
+    "../benchmarks.md": benchmarks_page,
+}
 
 
 def main() -> None:
     """Write every page."""
     for name, page in PAGES.items():
-        (REFERENCE / name).write_text(page())
-        typer.echo(f"docs/reference/{name}")
+        path = (REFERENCE / name).resolve()
+        path.write_text(page())
+        typer.echo(path.relative_to(REFERENCE.parents[1]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from sllmctl import __version__
-from sllmctl.commands import convert, doctor, load, ls, serve, store, verify
+from sllmctl.commands import bench, convert, doctor, load, ls, serve, store, verify
 from sllmctl.console import Console
 from sllmctl.errors import SllmError
 
@@ -90,6 +90,7 @@ _COMMANDS = (
     store.evict,
     verify.verify,
     ls.ls,
+    bench.bench,
     doctor.doctor,
 )
 for _command in _COMMANDS:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,32 @@ class Console:
                 yield show
         else:
             yield _Lines().show
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[str], None]]:
+        """Say what long work is at: one line that changes on a terminal, a new one now and then
+        elsewhere, nothing under `--quiet` or with `SLLMCTL_NO_PROGRESS`.
+        """
+        if self.format is Format.QUIET or os.environ.get("SLLMCTL_NO_PROGRESS"):
+            yield lambda text: None
+        elif sys.stderr.isatty():
+            with _rich(stderr=True).status("") as status:
+                yield lambda text: status.update(text.replace("[", "\\["))
+        else:
+            yield _Steps().show
+
+
+class _Steps:
+    """Steps where there is no terminal: the first, and one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = -PROGRESS_LINE_EVERY_S
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_LINE_EVERY_S:
+            self._last = now
+            print(text, file=sys.stderr, flush=True)
 
 
 class _Lines:

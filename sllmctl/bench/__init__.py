@@ -1,1 +1,1 @@
-"""Measuring loads, and the checkpoints to measure them with."""
+"""Measuring every way to load a checkpoint, and the checkpoints to measure with."""

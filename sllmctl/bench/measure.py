@@ -1,4 +1,4 @@
-"""Run a case in a process of its own, and take its times, memory and digests.
+"""Run a case in a process of its own, and take its times, memory and a digest of its bytes.
 
 The parent has imported what the cases need and loaded nothing; each sample is a fork of it, so that
 imports are not measured and nothing is left over from the sample before.
@@ -6,173 +6,278 @@ imports are not measured and nothing is left over from the sample before.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
-import statistics
+import select
+import signal
 import time
-import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import xxhash
+
+from sllmctl.core.header import one_line
 from sllmctl.errors import SllmError
-from sllmctl.native import Memory, probe_file
+from sllmctl.native import PAGE_BYTES, Memory
 
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-COLD_MAX_FRACTION = 0.01
-HOT_MIN_FRACTION = 0.99
+if TYPE_CHECKING:
+    import torch
+
+MAX_READERS = 8
+_BLOCK_BYTES = 4 * 2**20
+_WAIT_SLICE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run. Seconds, bytes; ``all_s`` is when every byte had been read once as well."""
+    """One run of a case.
+
+    Attributes:
+        ready_s: Until the call returned every tensor, in seconds.
+        all_s: Until every byte had been read once after that; None where it makes no sense.
+        cpu_s: User and system time until ready, all threads.
+        peak_bytes: Most resident memory until ready above what was there before, mapped files
+            included.
+        private_bytes: Memory until ready that no other process shares.
+        disk_bytes: Read from the disk, until the end.
+        check: Digest of every name and byte.
+        stages: Seconds of parts that a case tells apart.
+    """
 
     ready_s: float
     all_s: float | None = None
     cpu_s: float = 0.0
     peak_bytes: int = 0
+    private_bytes: int = 0
     disk_bytes: int = 0
     check: str | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
 
 
-Case = Callable[[], Sample]
-
-
-@dataclass(slots=True)
-class Row:
-    """All samples of one case."""
-
-    name: str
-    samples: list[Sample] = field(default_factory=list)
-    problem: str | None = None
-
-    def median(self, what: str) -> float | None:
-        """Median of a field over the samples; None where no sample has it."""
-        values = [getattr(s, what) for s in self.samples if getattr(s, what) is not None]
-        return statistics.median(values) if values else None
-
-    def document(self) -> dict[str, object]:
-        """As JSON: medians first, then every sample."""
-        keys = ("ready_s", "all_s", "cpu_s", "peak_bytes")
-        return {
-            "name": self.name,
-            "problem": self.problem,
-            "median": {key: self.median(key) for key in keys},
-            "samples": [asdict(sample) for sample in self.samples],
-        }
-
-
-def run_forked(case: Case, *, pretouch_bytes: int = 0) -> Sample:
-    """Run a case in a forked child.
+def run_forked(case: Callable[[], Sample], *, deadline_s: float, pretouch_bytes: int = 0) -> Sample:
+    """Run a case in a forked child, whose children end with it.
 
     Args:
         case: Runs in the child; what it returns comes back.
+        deadline_s: When to give up.
         pretouch_bytes: Memory to touch and free first: a virtual machine may have given free
             memory back to its host, and a first touch then costs more than the load.
 
     Raises:
-        SllmError: The case failed; the message is its last line.
+        SllmError: The case failed, and the message says how; or the deadline passed.
     """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        code = 1
+    with Forked(case, pretouch_bytes) as child:
+        return child.result(time.monotonic() + deadline_s)
+
+
+class Forked:
+    """A child that runs a case; it does not outlive the block."""
+
+    def __init__(self, case: Callable[[], Sample], pretouch_bytes: int = 0) -> None:
+        self._reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork beside threads; those that imports leave behind are idle.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _child(case, pretouch_bytes, self._reader, writer)
+        os.close(writer)
+        self._status: int | None = None
+
+    def result(self, deadline: float) -> Sample:
+        """What the case returned, by a time of the monotonic clock.
+
+        Raises:
+            SllmError: The case failed, or the deadline passed.
+        """
+        text = _read_all(self._reader, deadline)
+        self._status = os.waitpid(self._pid, 0)[1]
+        if not text:
+            ended = os.waitstatus_to_exitcode(self._status)
+            how = signal.Signals(-ended).name if ended < 0 else f"exit code {ended}"
+            raise SllmError(f"the process died of {how}")
+        document = json.loads(text)
+        if "error" in document:
+            raise SllmError(document["error"])
+        return Sample(**document)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._reader)
+        if self._status is None:
+            _kill_group(self._pid)
+            os.waitpid(self._pid, 0)
+
+
+def _read_all(reader: int, deadline: float) -> bytes:
+    parts: list[bytes] = []
+    while True:
+        ready, _, _ = select.select([reader], [], [], _WAIT_SLICE_S)
+        if ready:
+            part = os.read(reader, 1 << 16)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+        elif time.monotonic() > deadline:
+            raise SllmError("no answer within the deadline; the process was killed")
+
+
+def _kill_group(pid: int) -> None:
+    for kill in (os.killpg, os.kill):
         try:
-            _child(case, pretouch_bytes, writer)
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        text = pipe.read()
-    _, status, usage = os.wait4(pid, 0)
-    document = json.loads(text) if text else {"error": f"the process died, status {status}"}
-    if "error" in document:
-        raise SllmError(document["error"])
-    # A case that measured a process of its own says so; else it is this child's memory.
-    return Sample(**{**document, "peak_bytes": document["peak_bytes"] or usage.ru_maxrss * 1024})
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+        return
 
 
-def _child(case: Case, pretouch_bytes: int, writer: int) -> None:
+def _child(
+    case: Callable[[], Sample], pretouch_bytes: int, reader: int, writer: int
+) -> None:  # pragma: no cover - never returns
+    """The child's whole life."""
     try:
+        os.setpgid(0, 0)
+        os.close(reader)
+        os.dup2(2, 1)  # stdout is the report's
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if pretouch_bytes:
             touch(Memory.create(pretouch_bytes))
-        before, blocks = resource.getrusage(resource.RUSAGE_SELF), _disk_reads()
-        sample = case()
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = sample.cpu_s or (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        document = asdict(sample) | {"cpu_s": cpu, "disk_bytes": _disk_reads() - blocks}
+        gc.collect()
+        document: dict[str, Any] = asdict(case())
     except BaseException as exc:
-        traceback.print_exc()
-        document = {"error": f"{type(exc).__name__}: {exc}"}
-    os.write(writer, json.dumps(document).encode())
+        first = str(exc).strip().partition("\n")[0]
+        document = {"error": one_line(first if isinstance(exc, SllmError) else _named(exc, first))}
+    finally:
+        try:
+            os.write(writer, json.dumps(document).encode())
+        finally:
+            os._exit(0)
+
+
+def _named(exc: BaseException, text: str) -> str:
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+@dataclass(slots=True)
+class Held:
+    """Tensors by name, and what has to live as long as they are looked at."""
+
+    tensors: Mapping[str, torch.Tensor]
+    keep: object = None
+
+
+def measure_load(load: Callable[[], Held], device: str = "cpu") -> Sample:
+    """Time a load, and then read every byte that it brought."""
+    reset_peak()
+    before, blocks = memory(), disk_reads()
+    cpu, started = cpu_seconds(), time.perf_counter()
+    held = load()
+    synchronize(device)
+    ready = time.perf_counter() - started
+    cpu = cpu_seconds() - cpu
+    after = memory()
+    started = time.perf_counter()
+    check = read_every_byte(held.tensors)
+    reading = time.perf_counter() - started
+    return Sample(
+        ready,
+        ready + reading if device == "cpu" else ready,  # a device's bytes are there when ready
+        cpu_s=cpu,
+        peak_bytes=max(0, after["VmHWM"] - before["VmRSS"]),
+        private_bytes=max(0, after["RssAnon"] - before["RssAnon"]),
+        disk_bytes=disk_reads() - blocks,
+        check=check,
+    )
+
+
+def read_every_byte(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Read every byte once, by some threads, and digest it together with its tensor's name.
+
+    The digest does not depend on the order of the tensors, nor on where they lie.
+    """
+    blocks = [
+        (f"{name} {start}", view[start : start + _BLOCK_BYTES])
+        for name, tensor in tensors.items()
+        for view in (_bytes_of(tensor),)
+        for start in range(0, len(view) or 1, _BLOCK_BYTES)
+    ]
+    threads = reader_threads()
+    with ThreadPoolExecutor(threads, "bench-read") as pool:
+        sums = pool.map(lambda part: _digest(blocks[part::threads]), range(threads))
+    return f"{sum(sums) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    array: Any = flat.numpy()
+    return memoryview(array)
+
+
+def _digest(blocks: list[tuple[str, memoryview]]) -> int:
+    return sum(
+        xxhash.xxh3_64_intdigest(name.encode(), xxhash.xxh3_64_intdigest(block))
+        for name, block in blocks
+    )
+
+
+def reader_threads() -> int:
+    """Threads that read what was loaded: as many as there are cores, up to a few."""
+    return min(MAX_READERS, len(os.sched_getaffinity(0)))
+
+
+def synchronize(device: str) -> None:
+    """Wait for the copies to a device."""
+    kind = device.partition(":")[0]
+    if kind != "cpu":
+        import torch
+
+        getattr(torch, kind).synchronize(device)
 
 
 def touch(memory: Memory) -> None:
     """Write one byte a page, so that the memory is really there."""
     view = memoryview(memory.buffer)
-    step = 4096
-    view[::step] = bytes(len(view[::step]))
+    view[::PAGE_BYTES] = bytes(len(view[::PAGE_BYTES]))
 
 
-def cpu_seconds() -> float:
+def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
     """User and system time of this process so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
 
 
-def _disk_reads() -> int:
+def memory(pid: int | str = "self") -> dict[str, int]:
+    """Resident memory of a process in bytes: ``VmHWM`` at most, ``VmRSS``, ``RssAnon`` its own."""
+    return {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in (
+            line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        if name in ("VmHWM", "VmRSS", "RssAnon")
+    }
+
+
+def reset_peak() -> None:
+    """Begin to count the peak of resident memory anew. Source: proc(5), ``clear_refs``."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # a container may forbid it: peaks then include what the parent had
+
+
+def disk_reads() -> int:
+    """Bytes that this process has made the disk read."""
     for line in Path("/proc/self/io").read_text().splitlines():
         if line.startswith("read_bytes:"):
             return int(line.split()[1])
     return 0
-
-
-def make_cold(paths: Sequence[Path]) -> None:
-    """Put files out of the page cache.
-
-    Raises:
-        SllmError: Some of them stayed.
-    """
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            size = os.fstat(fd).st_size
-            if probe_file(fd, str(path), 0, size).resident_bytes > size * COLD_MAX_FRACTION:
-                _drop_everything()
-            if probe_file(fd, str(path), 0, size).resident_bytes > size * COLD_MAX_FRACTION:
-                raise SllmError(f"`{path}` stays in the page cache: no cold figure can be taken")
-        finally:
-            os.close(fd)
-
-
-def _drop_everything() -> None:
-    try:
-        DROP_CACHES.write_text("1")
-    except OSError:
-        time.sleep(0.1)
-
-
-def make_hot(paths: Sequence[Path]) -> None:
-    """Read files until they are in the page cache.
-
-    Raises:
-        SllmError: They do not stay there.
-    """
-    block = bytearray(1 << 22)
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            for _ in range(2):
-                facts = probe_file(file.fileno(), str(path), 0, size)
-                if facts.resident_bytes >= size * HOT_MIN_FRACTION:
-                    break
-                file.seek(0)
-                while file.readinto(block):
-                    pass
-            else:
-                raise SllmError(f"`{path}` does not stay in the page cache: too little memory")

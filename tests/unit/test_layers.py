@@ -18,7 +18,7 @@ RANKS = {
     "cli": 80,
     "commands": 70,
     "console": 65,
-    "bench": 66,
+    "bench": 64,
     "transformers": 62,
     "integrations": 60,
     "doctor": 55,
@@ -28,7 +28,7 @@ RANKS = {
     "native": 20,
     "_native": 10,
 }
-PRINTERS = {"cli", "commands", "console", "bench", "core.hub.child"}
+PRINTERS = {"cli", "commands", "console", "core.hub.child"}
 HEAVY = {"torch", "transformers", "huggingface_hub", "modelscope", "numpy", "safetensors", "rich"}
 
 

@@ -1,0 +1,124 @@
+"""Load a model and make one token, in a process that began with nothing.
+
+``python -m sllmctl.bench.first_token WAY PATH`` writes one line of JSON: the token, and seconds of
+``imports``, ``load`` and ``token``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = [11, 12, 13, 14, 15, 16, 17, 18]
+_CONTEXT = 64
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.stages[f"{stage}_s"] = now - self._last
+        self._last = now
+
+
+def transformers(path: Path, device: str, clock: _Clock) -> int:
+    """transformers' own loader."""
+    from transformers import AutoModelForCausalLM
+
+    clock.lap("imports")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model.to(device)
+    clock.lap("load")
+    return _token(model, device)
+
+
+def load_model(path: Path, device: str, clock: _Clock) -> int:
+    """`sllmctl.transformers.load_model`, which imports the model's class while bytes move."""
+    from sllmctl.transformers import load_model as load
+
+    clock.lap("imports")
+    model = load(path, device_map=device, fully_parallel=True)
+    clock.lap("load")
+    return _token(model, device)
+
+
+def _token(model: Any, device: str) -> int:
+    import torch
+
+    with torch.inference_mode():
+        logits = model(torch.tensor([PROMPT], device=device)).logits
+    return int(logits[0, -1].argmax())
+
+
+def vllm(path: Path, device: str, clock: _Clock, load_format: str = "auto") -> int:
+    """vLLM's offline engine, without compiling anything."""
+    from vllm import LLM, SamplingParams
+
+    clock.lap("imports")
+    engine = LLM(
+        model=str(path), load_format=load_format, enforce_eager=True, max_model_len=_CONTEXT
+    )
+    clock.lap("load")
+    (answer,) = engine.generate(
+        {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
+    )
+    return int(answer.outputs[0].token_ids[0])
+
+
+def vllm_sllm(path: Path, device: str, clock: _Clock) -> int:
+    """vLLM with our loader."""
+    return vllm(path, device, clock, "sllm")
+
+
+def sglang(path: Path, device: str, clock: _Clock, **options: Any) -> int:
+    """SGLang's offline engine."""
+    import sglang as sgl
+
+    clock.lap("imports")
+    engine = sgl.Engine(
+        model_path=str(path),
+        context_length=_CONTEXT,
+        disable_cuda_graph=True,
+        device=device.partition(":")[0],
+        **options,
+    )
+    clock.lap("load")
+    answer = engine.generate(
+        input_ids=PROMPT, sampling_params={"max_new_tokens": 1, "temperature": 0}
+    )
+    engine.shutdown()
+    return int(answer["output_ids"][0])
+
+
+def sglang_sllm(path: Path, device: str, clock: _Clock) -> int:
+    """SGLang with our loader."""
+    return sglang(path, device, clock, model_loader_extra_config='{"sllm": {}}')
+
+
+WAYS: dict[str, Callable[[Path, str, _Clock], int]] = {
+    function.__name__: function
+    for function in (transformers, load_model, vllm, vllm_sllm, sglang, sglang_sllm)
+}
+
+
+def main() -> None:
+    """Run one way."""
+    way, path, device = sys.argv[1:]
+    clock = _Clock()
+    token = WAYS[way](Path(path), device, clock)
+    clock.lap("token")
+    line = json.dumps({"token": token, "stages": clock.stages})
+    sys.stdout.write(f"\n{line}\n")
+
+
+if __name__ == "__main__":
+    main()
