@@ -2,7 +2,8 @@
 
 A step is a system call that changes something on disk. `python -m tests.convert.killed` reads
 `[N, SOURCE, TARGET, OPTION...]` in JSON, a line each, and answers with the exit status of a
-conversion in a forked child, negative for a signal. Options: `force`, `two-renames`.
+conversion in a forked child, negative for a signal. Options: `force`, `two-renames`,
+`sllm-store`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,13 @@ def convert_until(at: int, source: str, target: str, *options: str) -> None:
         exchange, rename_new = counted(exchange), counted(rename_new)
     target_module.exchange, target_module.rename_new = exchange, rename_new
     sys.addaudithook(lambda event, _: step() if event in _AUDITED else None)
-    convert(Path(source), Path(target), max_shard_bytes=10_000, force="force" in options)
+    convert(
+        Path(source),
+        Path(target),
+        max_shard_bytes=10_000,
+        force="force" in options,
+        file_format="sllm-store" if "sllm-store" in options else "safetensors",
+    )
 
 
 def main() -> None:
