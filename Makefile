@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.ready
+C_FILES := $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch] tests/npu_emulator/*.[ch] tests/device/*/*.[ch])
 export SLLMCTL_NO_PROGRESS ?=
 
 .PHONY: help setup demo test test-quick test-models test-transformers-4 lint format docs fuzz torture check-deploy bench clean
@@ -63,12 +64,12 @@ lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch])
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
 format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch])
+	$(BIN)/clang-format -i $(C_FILES)
 
 docs: setup ## rewrite the pages that follow the code
 	$(BIN)/python -m docs.generate
