@@ -14,6 +14,7 @@ import atheris
 with atheris.instrument_imports(include=["sllmctl.core", "sllmctl.store", "json"]):
     import sllmctl.core.header
     import sllmctl.core.manifest
+    import sllmctl.core.sllm_store
     import sllmctl.store.connection  # noqa: F401 - imported here to be instrumented
 
 from tests.fuzz.mutate import mutate

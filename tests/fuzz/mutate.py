@@ -10,6 +10,7 @@ NUMBERS = (0, 1, -1, 2, 7, 8, 255, 4096, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 
 WORDS = (
     *("dtype", "shape", "data_offsets", "__metadata__", "weight_map", "format", "a", "", "é"),
     *("U8", "F4", "F6_E2M3", "BF16", "F64", "C64", "X", "../x", "/x", "a\0b", "\ud800", "\n"),
+    *("torch.int8", "torch.float64", "torch.float4_e2m1fn_x2", "torch.complex128"),
     *("format_version", "digest", "xxh3-128", "shards", "files", "name", "size", "chunks"),
 )
 PATCHES = (

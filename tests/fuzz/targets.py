@@ -14,6 +14,7 @@ from sllmctl.core import manifest as manifest_module
 from sllmctl.core.dtypes import DTYPE_BITS
 from sllmctl.errors import CheckpointError
 from tests.fuzz import session
+from tests.fuzz import sllm_index as sllm_index_module
 from tests.raw import entry
 
 Target = Callable[[bytes], None]
@@ -77,11 +78,20 @@ def manifest(data: bytes) -> None:
     assert manifest_module.parse_manifest(manifest_module.format_manifest(found), "f") == found
 
 
+def sllm_index(data: bytes) -> None:
+    """The index of sllm-store, beside data files of various sizes."""
+    results = [sllm_index_module.accepted(data, sizes) for sizes in sllm_index_module.SIZES]
+    refused = [result for result in results if isinstance(result, CheckpointError)]
+    if len(refused) == len(results):
+        _check_message(refused[0])
+
+
 TARGETS: dict[str, Target] = {
     "header": header,
     "index": index,
     "manifest": manifest,
     "session": session.session,
+    "sllm_index": sllm_index,
 }
 
 
@@ -89,6 +99,8 @@ def seeds(target: str) -> list[bytes]:
     """Right inputs to start from."""
     if target == "session":
         return session.seeds()
+    if target == "sllm_index":
+        return sllm_index_module.seeds()
     if target == "index":
         return [
             json.dumps({"metadata": {"total_size": 8}, "weight_map": names}).encode()
