@@ -25,6 +25,7 @@ from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_named, load_named_to_devices, load_through_store
 from sllmctl.store.named import NamedModel
 from sllmctl.store.spans import fill_through_store, store_source
+from sllmctl.store.views import store_views
 
 if TYPE_CHECKING:
     import torch
@@ -285,24 +286,34 @@ def stream_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` in file order, with about 512 MiB on the device at a time.
 
-    What a tensor looks into is freed when the last tensor of its 256 MiB window is. To host
-    memory, a stream comes from the files alone.
+    What a tensor looks into is freed when the last tensor of its 256 MiB window is. In host
+    memory, what a store has is looked at where it is, and takes none.
 
-    Args and errors: as `load_tensors`; what goes wrong on the way is raised on the way.
+    Args and errors: as `load_tensors`; what goes wrong on the way is raised on the way. A model
+    whose weights are not here comes from a store to host memory alone.
     """
     from sllmctl.core.device_stream import stream_to_device
     from sllmctl.core.stream import stream
 
     spec = find_device(device)
-    checkpoint = open_checkpoint(resolve_model(model, storage_path))
     options = LoadOptions.choose()
-    if spec.kind == "cpu":
-        return stream(checkpoint, options)
-    client = _connect(store, None)
+    try:
+        checkpoint = open_checkpoint(resolve_model(model, storage_path))
+        client = _connect(store, None)
+    except CheckpointNotFound as exc:
+        if spec.kind != "cpu":
+            raise
+        named = _find_in_store(model, store, None, exc)
+        return iter(load_named(named, options).tensors.items())
+    if client is None:
+        if spec.kind == "cpu":
+            return stream(checkpoint, options)
+        return stream_to_device(checkpoint, spec, options)
     label = model if isinstance(model, str) else str(checkpoint.path)
-    source = None
-    if client is not None:
-        source = partial(store_source, client, checkpoint, label, store == "require")
+    if spec.kind == "cpu":
+        views = partial(store_views, client, checkpoint, label, store == "require")
+        return stream(checkpoint, options, views=views)
+    source = partial(store_source, client, checkpoint, label, store == "require")
     return stream_to_device(checkpoint, spec, options, source=source)
 
 

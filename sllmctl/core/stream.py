@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sllmctl.core.checkpoint import Checkpoint, Shard, TensorEntry
 from sllmctl.core.load import (
@@ -26,13 +26,33 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 256 * 2**20
 
 
+class Views(Protocol):
+    """Memory of whole shards, in which bytes appear without being read here."""
+
+    def may_hold(self, shard: int, start: int, end: int) -> bool:
+        """Whether a range of a shard is there, or may come."""
+
+    def wait(self, shard: int, start: int, end: int) -> Memory | None:
+        """The memory of the shard, once it holds a range; None if it never will."""
+
+
 def stream(
-    checkpoint: Checkpoint, options: LoadOptions, *, window_bytes: int = WINDOW_BYTES
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    views: Callable[[Sequence[int]], Views | None] | None = None,
+    window_bytes: int = WINDOW_BYTES,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` in file order, reading one window ahead of the consumer.
 
     Two windows are in memory at a time, and whatever the consumer keeps; a tensor larger than a
     window is one of its own. An alias follows the tensor whose bytes it shares, as the same object.
+
+    Args:
+        checkpoint: Whose tensors.
+        options: How to read.
+        views: Given the open shards, returns where to look before reading.
+        window_bytes: Size of a window.
 
     Raises:
         ConfigError: ``verify``: digests are of whole chunks.
@@ -45,7 +65,7 @@ def stream(
     for alias, kept in checkpoint.aliases.items():
         aliases.setdefault(kept, []).append(alias)
     with ExitStack() as stack:
-        files = _Files(checkpoint, options, stack)
+        files = _Files(checkpoint, options, views, stack)
         ahead: _Window | None = None
         for entries in [*windows_of(checkpoint, window_bytes), []]:
             ready, ahead = ahead, _Window(entries, files, stack) if entries else None
@@ -89,49 +109,71 @@ class _OpenShard:
 class _Files:
     """All shards, opened at once: a checkpoint that is replaced meanwhile is read to its end."""
 
-    def __init__(self, checkpoint: Checkpoint, options: LoadOptions, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: LoadOptions,
+        views: Callable[[Sequence[int]], Views | None] | None,
+        stack: ExitStack,
+    ) -> None:
         self.options = options
         self._shards = [(shard, open_shard(shard, stack)) for shard in checkpoint.shards]
+        self.views = views([fd for _, fd in self._shards]) if views is not None else None
         self._last: tuple[int, _OpenShard] | None = None
 
     def open(self, index: int) -> _OpenShard:
         if self._last is None or self._last[0] != index:
             shard, fd = self._shards[index]
-            view = map_shard(shard, fd, self.options)
+            view = map_shard(shard, fd, self.options) if self.views is None else None
             self._last = index, _OpenShard(shard, fd, stamp_of(fd), view)
         return self._last[1]
 
 
 class _Window:
-    """Tensors on their way: a view that is there already, or a job that reads them."""
+    """Tensors on their way: a view that is there or may come, or a job that reads them."""
 
     def __init__(self, entries: list[TensorEntry], files: _Files, stack: ExitStack) -> None:
-        self._entries = entries
-        self._opened = opened = files.open(entries[0].shard)
+        self._entries, self._files, self._stack = entries, files, stack
+        self._opened = files.open(entries[0].shard)
+        self._range = entries[0].offset, entries[-1].offset + entries[-1].nbytes
+        self._memory = self._opened.view
+        self._start = self._opened.shard.data_offset
         self._job: Job | None = None
-        if opened.view is not None:
-            self._memory, self._start = opened.view, opened.shard.data_offset
-            return
-        self._start = entries[0].offset
-        nbytes = entries[-1].offset + entries[-1].nbytes - self._start
+        views = files.views
+        if self._memory is None and not (
+            views is not None and views.may_hold(entries[0].shard, *self._range)
+        ):
+            self._memory = self._begin()
+
+    def _begin(self) -> Memory:
+        """Begin to read."""
+        self._start, end = self._range
+        nbytes = end - self._start
         check_memory(nbytes)
-        self._memory = Memory.create(max(nbytes, 1), self._start)
+        memory = Memory.create(max(nbytes, 1), self._start)
         if nbytes:
             self._job = Job(
-                [(opened.fd, str(opened.shard.path))],
-                [Extent(0, self._start, nbytes, self._memory.address)],
-                keep=self._memory,
-                chunk_bytes=files.options.chunk_bytes,
-                threads=files.options.threads,
+                [(self._opened.fd, str(self._opened.shard.path))],
+                [Extent(0, self._start, nbytes, memory.address)],
+                keep=memory,
+                chunk_bytes=self._files.options.chunk_bytes,
+                threads=self._files.options.threads,
             )
-            stack.callback(self._job.close)  # before the descriptor, when the consumer stops early
+            # Before the descriptor is closed, when the consumer stops early.
+            self._stack.callback(self._job.close)
+        return memory
 
     def finish(self, builder: TensorBuilder) -> dict[str, torch.Tensor]:
         """Wait for the bytes, and make the tensors."""
+        shard, memory = self._entries[0].shard, self._memory
+        if memory is None and self._files.views is not None:
+            memory, self._start = self._files.views.wait(shard, *self._range), 0
+        if memory is None:
+            memory = self._begin()
         if self._job is not None:
             while not self._job.wait()[0]:
                 pass
             self._job.close()
         check_stamp(self._opened.shard, self._opened.fd, self._opened.stamp)
-        place = (self._memory, self._start)
-        return builder.build(self._entries, [place] * (self._entries[0].shard + 1))
+        place = (memory, self._start)
+        return builder.build(self._entries, [place] * (shard + 1))

@@ -59,7 +59,7 @@ def load_through_store(
         def place(memories: Sequence[Memory]) -> None:
             done, total = 0, sum(shard.size for shard in shards)
             for parts in delivery.parts():
-                _place(memories, parts, delivery)
+                place_parts(memories, parts, delivery)
                 done += sum(map(delivery.nbytes, parts))
                 if progress is not None:
                     progress("read", done, total)
@@ -84,7 +84,7 @@ def load_named(
 
     def place(memories: Sequence[Memory]) -> None:
         held, model.held = model.held, {}
-        _place(memories, held, model.delivery)
+        place_parts(memories, held, model.delivery)
 
     try:
         return _load(
@@ -167,7 +167,7 @@ def _load(
     return Loaded(tensors, stats)
 
 
-def _place(memories: Sequence[Memory], parts: dict[Piece, int], delivery: Delivery) -> None:
+def place_parts(memories: Sequence[Memory], parts: dict[Piece, int], delivery: Delivery) -> None:
     """Map segments where their bytes belong; closes the descriptors."""
     try:
         for (shard, index), fd in parts.items():
