@@ -19,6 +19,7 @@ class _Row:
     nbytes: int
     tensors: int
     dtypes: dict[str, int]  # bytes by element type, most first
+    format: str | None
     converted: bool
     problem: str | None
     warm_bytes: int = 0  # in the store, headers included
@@ -30,6 +31,7 @@ class _Row:
             "bytes": self.nbytes,
             "tensors": self.tensors,
             "dtypes": list(self.dtypes),
+            "format": self.format,
             "converted": self.converted,
             "problem": self.problem,
             "warm_bytes": self.warm_bytes,
@@ -40,6 +42,8 @@ class _Row:
             return [self.name, "", "", "", "", f"damaged: {self.problem}"]
         dtypes = ", ".join(self.dtypes)
         state = "converted" if self.converted else "as downloaded"
+        if self.format == "sllm-store":
+            state = "for sllm-store" if self.converted else "by sllm-store"
         warm = f"{min(1.0, self.warm_bytes / self.nbytes):.0%}" if self.warm_bytes else ""
         return [self.name, format_size(self.nbytes), f"{self.tensors:,}", warm, dtypes, state]
 
@@ -105,11 +109,20 @@ def _look(name: str, path: Path, warm_bytes: int) -> _Row:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as exc:
-        return _Row(name, path, 0, 0, {}, False, str(exc))
+        return _Row(name, path, 0, 0, {}, None, False, str(exc))
     dtypes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.nbytes
     by_size = dict(sorted(dtypes.items(), key=lambda item: -item[1]))
     count = len(checkpoint.tensors) + len(checkpoint.aliases)
-    converted = checkpoint.manifest is not None
-    return _Row(name, path, checkpoint.nbytes, count, by_size, converted, None, warm_bytes)
+    return _Row(
+        name,
+        path,
+        checkpoint.nbytes,
+        count,
+        by_size,
+        checkpoint.format,
+        checkpoint.manifest is not None,
+        None,
+        warm_bytes,
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sllmctl.core.checkpoint import SUFFIX
 from sllmctl.core.manifest import MANIFEST_NAME
+from sllmctl.core.sllm_store import INDEX_NAME
 from sllmctl.errors import CheckpointNotFound, ConfigError
 
 STORAGE_VARIABLES = ("SLLMCTL_STORAGE_PATH", "STORAGE_PATH")
@@ -84,7 +85,7 @@ def _walk(directory: Path, storage: Path, depth: int) -> Iterator[tuple[str, Pat
     except OSError:
         return
     names = [entry.name for entry in entries]
-    is_model = any(name == MANIFEST_NAME or name.endswith(SUFFIX) for name in names)
+    is_model = any(name in (MANIFEST_NAME, INDEX_NAME) or name.endswith(SUFFIX) for name in names)
     if is_model and directory != storage:
         yield str(directory.relative_to(storage)), directory
     elif depth > 0:
