@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import grp
+import json
+import logging
 import os
 import socket as sockets
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sllmctl.commands.options import Socket, StoragePath, Threads
+from sllmctl.commands.options import Socket, StoragePath
 from sllmctl.core.units import format_size, parse_size
 from sllmctl.errors import ConfigError
 
@@ -62,7 +65,20 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    io_threads: Threads = None,
+    io_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--io-threads",
+            "--threads",
+            min=1,
+            max=64,
+            help="Reader threads of one fill.",
+            show_default=False,
+        ),
+    ] = None,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="Log JSON to stderr, an object a line.")
+    ] = False,
 ) -> None:
     """Keep checkpoints warm in host memory, for every process on this machine.
 
@@ -77,14 +93,15 @@ def serve(
     from sllmctl.core.config import find_models
     from sllmctl.core.config import storage_path as choose_storage_path
     from sllmctl.core.host import available_memory_bytes
-    from sllmctl.core.load import MAX_THREADS
+    from sllmctl.store.backing import may_lock
     from sllmctl.store.daemon import Daemon
     from sllmctl.store.pool import choose_segment_bytes
     from sllmctl.store.protocol import server_socket
     from sllmctl.store.service import Settings
 
-    if io_threads is not None and not 1 <= io_threads <= MAX_THREADS:
-        raise ConfigError(f"`{io_threads}` reader threads", hint=f"use 1 to {MAX_THREADS}")
+    if json_logs:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JsonFormatter())
     available = available_memory_bytes()
     pool_bytes = _pool_bytes(mem_pool_size, available)
     if pool_bytes > available:
@@ -112,10 +129,13 @@ def serve(
         names = [name for name, _ in find_models(settings.storage)]
         chosen = "" if mem_pool_size else ", a quarter of what is left"
         models = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        backing = pool.backing
+        locked = "locked" if may_lock(pool.bytes) else "not locked: `ulimit -l` is smaller"
         for line in (
             f"socket   {settings.socket_path}",
             f"pool     {format_size(pool.bytes)} in {pool.capacity} segments of "
             f"{format_size(pool.segment_bytes)}{chosen}",
+            f"memory   pages of {format_size(backing.page_bytes)} in a {backing.kind}, {locked}",
             f"models   {len(names)} in {settings.storage}{': ' if names else ''}{models}",
             "ready; Ctrl-C ends",
         ):
@@ -123,6 +143,21 @@ def serve(
         _notify_systemd()
 
     daemon.run(ready)
+
+
+class _JsonFormatter(logging.Formatter):
+    """A log record as one JSON object: what collectors of logs read."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document, ensure_ascii=False)
 
 
 def _pool_bytes(text: str | None, available: int) -> int:

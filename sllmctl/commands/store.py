@@ -11,10 +11,11 @@ import typer
 from sllmctl.commands.options import AsJson, Quiet, Socket
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size
-from sllmctl.errors import ConfigError, StoreError
+from sllmctl.errors import ConfigError, SllmError, StoreError, StoreUnreachable
 
 _BAR_CELLS = 40
 _WATCH_EVERY_S = 1.0
+_WARM_FIELDS = ("bytes", "warm_bytes", "read_bytes", "elapsed_s")
 
 
 def status(
@@ -34,6 +35,7 @@ def status(
     from sllmctl.store.client import StoreClient
 
     console = Console.choose(as_json=as_json, quiet=quiet)
+    before: dict[str, Any] | None = None
     with StoreClient(socket) as client:
         while True:
             answer = client.ask({"op": "status"})
@@ -43,10 +45,11 @@ def status(
             console.result(
                 answer,
                 quiet=answer["pool"]["used_bytes"],
-                human=_status_lines(console, answer),
+                human=_status_lines(console, answer, before),
             )
             if not watch:
                 return
+            before = answer
             time.sleep(_WATCH_EVERY_S)
 
 
@@ -68,20 +71,34 @@ def warm(
       sllmctl warm Qwen/Qwen3-8B --pin
     """
     console = Console.choose(as_json=as_json, quiet=quiet)
-    rows = [_warm_one(console, name, pin, socket) for name in models]
-    human = []
-    for row in rows:
-        rest = row["bytes"] - row["warm_bytes"]
-        human.append(
-            f"{row['name']}: {format_size(row['warm_bytes'])} warm"
-            + (f", {format_size(rest)} found no room" if rest else "")
-            + f", {format_size(row['read_bytes'])} read in {format_seconds(row['elapsed_s'])}"
-            + (f" - {format_rate(row['read_bytes'], row['elapsed_s'])}" * bool(row["read_bytes"]))
-        )
+    rows: list[dict[str, Any]] = []
+    failures: list[SllmError] = []
+    for name in models:
+        try:
+            rows.append(_warm_one(console, name, pin, socket))
+        except SllmError as exc:
+            if len(models) == 1 or isinstance(exc, StoreUnreachable):
+                raise
+            failures.append(exc)
+            rows.append({"name": name, "problem": str(exc)} | dict.fromkeys(_WARM_FIELDS, 0))
     console.result(
         {"schema": "sllmctl.warm/1", "models": rows},
         quiet="\n".join(str(row["warm_bytes"]) for row in rows),
-        human=human,
+        human=[_warm_line(row) for row in rows if row["problem"] is None],
+    )
+    for failure in failures:  # on stderr alone: stdout has its document
+        Console().error(failure, failure.exit_code)
+    if failures:
+        raise typer.Exit(failures[0].exit_code)
+
+
+def _warm_line(row: dict[str, Any]) -> str:
+    rest = row["bytes"] - row["warm_bytes"]
+    return (
+        f"{row['name']}: {format_size(row['warm_bytes'])} warm"
+        + (f", {format_size(rest)} found no room" if rest else "")
+        + f", {format_size(row['read_bytes'])} read in {format_seconds(row['elapsed_s'])}"
+        + (f" - {format_rate(row['read_bytes'], row['elapsed_s'])}" * bool(row["read_bytes"]))
     )
 
 
@@ -106,6 +123,7 @@ def _warm_one(console: Console, name: str, pin: bool, socket: Path | None) -> di
         "warm_bytes": message["warm_bytes"],
         "read_bytes": message["warm_bytes"] - before,
         "elapsed_s": time.perf_counter() - started,
+        "problem": None,
     }
 
 
@@ -147,7 +165,9 @@ def evict(
     )
 
 
-def _status_lines(console: Console, answer: dict[str, Any]) -> list[str]:
+def _status_lines(
+    console: Console, answer: dict[str, Any], before: dict[str, Any] | None
+) -> list[str]:
     pool = answer["pool"]
     full = round(_BAR_CELLS * pool["used_bytes"] / pool["bytes"])
     parts = [
@@ -155,15 +175,18 @@ def _status_lines(console: Console, answer: dict[str, Any]) -> list[str]:
         for what in ("leased", "pinned", "orphaned")
         if pool[f"{what}_bytes"]
     ]
-    pages = f"pages of {format_size(pool['page_bytes'])}, {'' if pool['locked'] else 'not '}locked"
+    locked = "locked" if pool["locked"] else "not locked"
+    pages = f"pages of {format_size(pool['page_bytes'])} in a {pool['backing']}, {locked}"
     lines = [
         f"store     {answer['socket']}, pid {answer['pid']}, "
         f"up {format_seconds(answer['uptime_s'])}",
         f"pool      [{'#' * full}{'.' * (_BAR_CELLS - full)}] {format_size(pool['used_bytes'])} of "
         f"{format_size(pool['bytes'])} used{', ' if parts else ''}{', '.join(parts)}",
         f"memory    {format_size(pool['prefaulted_bytes'])} supplied beforehand, {pages}",
-        "",
     ]
+    if before is not None:
+        lines.append(f"rates     {_rates(answer, before)}")
+    lines.append("")
     if not answer["models"]:
         return [*lines, "no model is warm: `sllmctl warm NAME`, or the first load, brings one in"]
     rows = [
@@ -182,3 +205,15 @@ def _status_lines(console: Console, answer: dict[str, Any]) -> list[str]:
         age = format_seconds(lease["age_s"])
         lines.append(f"  pid {lease['pid']} has used {lease['model']} for {age}")
     return lines
+
+
+def _rates(answer: dict[str, Any], before: dict[str, Any]) -> str:
+    """What came from where since the last picture."""
+    seconds = answer["uptime_s"] - before["uptime_s"]
+    more = {
+        key: answer["counters"][key] - before["counters"][key]
+        for key in ("bytes_disk", "bytes_cache", "bytes_warm", "loads")
+    }
+    sources = (("bytes_disk", "disk"), ("bytes_cache", "page cache"), ("bytes_warm", "memory"))
+    parts = [f"{format_rate(more[key], seconds)} from {source}" for key, source in sources]
+    return ", ".join([*parts, f"{more['loads'] / seconds:.1f} loads/s"])

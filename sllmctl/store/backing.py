@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 HUGE_BYTES = 2 * 2**20
 _CLONE_NEWNS = 0x20000
+_CAP_IPC_LOCK = 14
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_RDONLY = 2, 4, 8, 1
 _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 4096, 16384, 1 << 18
 _PLAIN_FLAGS = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
@@ -126,3 +128,14 @@ def _check(result: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def may_lock(nbytes: int) -> bool:
+    """Whether this process may lock so much memory. Source: mlock(2), capabilities(7)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY or limit >= nbytes:
+        return True
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+    return False

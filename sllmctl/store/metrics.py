@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -53,8 +58,17 @@ class StoreCollector(Collector):
             "sllm_bytes", "Bytes of loads, by where they were.", labels=["source"]
         )
         source.add_metric(["disk"], counters["bytes_disk"])
+        source.add_metric(["page_cache"], counters["bytes_cache"])
         source.add_metric(["store"], counters["bytes_warm"])
         yield source
+        seconds = counters["load_seconds"]
+        bounds = zip(map(str, seconds["bounds"]), seconds["counts"], strict=True)
+        yield HistogramMetricFamily(
+            "sllm_load_seconds",
+            "From a request to its last segment, as far as the store takes part.",
+            buckets=[*bounds, ("+Inf", seconds["count"])],
+            sum_value=seconds["sum"],
+        )
         for name, text in (
             ("loads", "Loads and warmings begun."),
             ("evictions", "Segments taken from models."),

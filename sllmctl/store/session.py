@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -16,6 +17,8 @@ from sllmctl.store.files import ModelFiles, open_named, take_files
 from sllmctl.store.protocol import MAX_FDS, MAX_SHARDS, VERSION, Message, close_fds
 from sllmctl.store.residency import Lease, Piece, StoredModel
 from sllmctl.store.service import Service
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -93,6 +96,7 @@ class Session:
                 hint="use the same version of sllmctl for store and client",
             )
         self._greeted = True
+        log.info("client pid %d of user %d", self._connection.pid, self._connection.uid)
         self._connection.greet(
             {
                 "event": "hello",

@@ -23,12 +23,15 @@ DEADLINE_S = 60.0
 class RunningStore:
     """`sllmctl serve`, its socket, and what it holds."""
 
-    def __init__(self, directory: Path, *arguments: str, pool: str = "64MiB") -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, pool: str = "64MiB", verbose: bool = False
+    ) -> None:
         self.socket = directory / "store.sock"
         self.storage = directory / "models"
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "sllmctl", "serve", "--mem-pool-size", pool),
+                *(sys.executable, "-m", "sllmctl", *(["-v"] if verbose else [])),
+                *("serve", "--mem-pool-size", pool),
                 *("--socket", str(self.socket), "--storage-path", str(self.storage)),
                 *("--segment-size", "2MiB", *arguments),
             ],
@@ -79,8 +82,8 @@ def start_store(tmp_path: Path) -> Iterator[Callable[..., RunningStore]]:
     """Start a store with a pool of 64 MiB in segments of 2 MiB, unless said otherwise."""
     stores: list[RunningStore] = []
 
-    def start(*arguments: str, pool: str = "64MiB") -> RunningStore:
-        stores.append(RunningStore(tmp_path, *arguments, pool=pool))
+    def start(*arguments: str, pool: str = "64MiB", verbose: bool = False) -> RunningStore:
+        stores.append(RunningStore(tmp_path, *arguments, pool=pool, verbose=verbose))
         return stores[-1]
 
     yield start

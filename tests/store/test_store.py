@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -278,6 +279,37 @@ class TestCommands:
         assert sllmctl_json("evict", "org/model")["bytes"] == row["bytes"]  # type: ignore[index]
         assert sllmctl_json("status")["models"] == []  # type: ignore[index]
 
+    def test_what_was_warmed_is_told_although_another_name_failed(
+        self, store: RunningStore, make_model: MakeModel
+    ) -> None:
+        make_model("a")
+        make_model("c", seed=3)
+        command = [sys.executable, "-m", "sllmctl", "warm", "a", "b", "c", "--json"]
+        done = subprocess.run(
+            [*command, "--socket", str(store.socket)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 5
+        assert "error: no checkpoint at" in done.stderr
+        a, b, c = json.loads(done.stdout)["models"]
+        assert a["warm_bytes"] == a["bytes"] > 0
+        assert c["warm_bytes"] == c["bytes"] > 0
+        assert (a["problem"], c["problem"]) == (None, None)
+        assert "no checkpoint" in b["problem"]
+        assert b["warm_bytes"] == 0
+
+    def test_the_live_view_shows_rates(self, store: RunningStore, make_model: MakeModel) -> None:
+        make_model("m")
+        command = [sys.executable, "-m", "sllmctl", "status", "--watch"]
+        with subprocess.Popen(
+            [*command, "--socket", str(store.socket)], stdout=subprocess.PIPE, text=True
+        ) as watching:
+            assert watching.stdout is not None
+            for line in watching.stdout:
+                if line.startswith("rates"):
+                    break
+            watching.terminate()
+        assert re.search(r"from disk, .* from page cache, .* from memory, 0\.0 loads/s", line)
+
     def test_a_model_in_use_is_not_evicted_and_its_users_are_named(
         self, store: RunningStore, make_model: MakeModel
     ) -> None:
@@ -331,6 +363,21 @@ class TestLifecycle:
         assert str(store.socket) in text
         assert "67.1 MB in 32 segments of 2.1 MB" in text
         assert str(store.storage) in text
+        assert re.search(r"memory   pages of (2\.1 MB|\d+\.\d KB) in a (tmpfs|memfd), ", text)
+
+    def test_its_log_can_be_json(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
+    ) -> None:
+        store = start_store("--json-logs", "--io-threads", "2", verbose=True)
+        with StoreClient(store.socket) as client, pytest.raises(StoreError):
+            client.ask({"op": "attach", "label": 5})
+        store.process.terminate()
+        _, errors = store.process.communicate(timeout=60)
+        lines = [json.loads(line) for line in errors.splitlines()]
+        assert {"time", "level", "logger", "message"} <= set(lines[0])
+        assert f"client pid {os.getpid()} of user {os.getuid()}" in [
+            line["message"] for line in lines
+        ]
 
     def test_sigterm_ends_it_with_0_and_without_a_socket(
         self, start_store: Callable[..., RunningStore]
@@ -383,6 +430,9 @@ class TestMetrics:
         assert "sllm_pool_bytes 6.7108864e+07" in text
         assert 'sllm_model_warm_bytes{model="m"}' in text
         assert "sllm_loads_total 1.0" in text
+        assert 'sllm_load_seconds_bucket{le="+Inf"} 1.0' in text
+        assert 'sllm_load_seconds_bucket{le="300"} 1.0' in text
+        assert 'sllm_bytes_total{source="page_cache"}' in text
         assert "sllm_leases 1.0" in text
         assert 'sllm_pool_part_bytes{part="orphaned"} 0.0' in text
         assert get(port, "/healthz") == "ok\n"
