@@ -22,7 +22,7 @@ from sllmctl.doctor.fix import plan
 from sllmctl.doctor.log_signatures import read_log
 from sllmctl.doctor.machine import Machine, Options
 from sllmctl.doctor.probe import Probe
-from sllmctl.doctor.redact import Redactor, hide_secrets
+from sllmctl.doctor.redact import SECRET_NAME, Redactor, hide_secrets
 from sllmctl.doctor.report import differences, markdown, read_document
 from sllmctl.doctor.tables import load_tables
 from sllmctl.doctor.text import LANGUAGES, language_of
@@ -100,7 +100,7 @@ def run(
     code = done.exit_code(strict=strict)
     whole = document(done, started=started, exit_code=code)
     if compare is not None:
-        code = _compare(whole, compare, console)
+        code = _compare(whole, compare, console, view, Redactor(machine.probe.host))
     elif report == "-":
         _print(markdown(whole).splitlines())
     else:
@@ -158,7 +158,7 @@ def _fix(done: Examination, console: Console, view: View, *, dry_run: bool, yes:
     for action in actions:
         human += [
             f"  {' '.join(action.checks)}: {view.say(action.what)}",
-            f"      {view.say('to take it back:')} {action.undo}",
+            f"      {view.say('to take it back:')} {view.hide(action.undo)}",
         ]
     if not dry_run:
         if not yes:
@@ -183,31 +183,42 @@ def _fix(done: Examination, console: Console, view: View, *, dry_run: bool, yes:
                 for o in mended.outcomes
                 if o.check.id in again
             ]
+    redact = Redactor(done.machine.probe.host)
     console.result(
-        {
-            "schema": "sllmctl.doctor-fix/1",
-            "actions": [
-                {"name": a.name, "checks": list(a.checks), "what": str(a.what), "undo": a.undo}
-                for a in actions
-            ],
-            "done": not dry_run,
-        },
+        redact.document(
+            {
+                "schema": "sllmctl.doctor-fix/1",
+                "actions": [
+                    {"name": a.name, "checks": list(a.checks), "what": str(a.what), "undo": a.undo}
+                    for a in actions
+                ],
+                "done": not dry_run,
+            }
+        ),
         quiet=len(actions),
         human=human,
     )
 
 
-def _compare(here: dict[str, Any], path: Path, console: Console) -> int:
-    found = differences(here, read_document(path))
+def _compare(
+    here: dict[str, Any], path: Path, console: Console, view: View, redact: Redactor
+) -> int:
+    # The other document may come from anywhere: what it says is hidden as ours is.
+    found = [
+        (redact(what), *("***" if SECRET_NAME.search(what) else redact(text) for text in (h, t)))
+        for what, h, t in differences(here, read_document(path))
+    ]
     console.result(
         {
             "schema": "sllmctl.doctor-compare/1",
             "differences": [{"what": w, "here": h, "there": t} for w, h, t in found],
         },
         quiet=len(found),
-        human=console.table(["what", "here", "there"], [list(row) for row in found])
+        human=console.table(
+            [view.say("what"), view.say("here"), view.say("there")], [list(row) for row in found]
+        )
         if found
-        else ["both machines are alike"],
+        else [view.say("both machines are alike")],
     )
     return EXIT_FINDINGS if found else 0
 

@@ -79,7 +79,9 @@ def _environment(m: Machine, ids: tuple[str, ...]) -> Action:
     text = env_script(m)
 
     def write(made: str) -> None:
-        Path(made).write_text(text, encoding="utf-8")
+        with open(made, "w", encoding="utf-8") as script:  # noqa: PTH123
+            os.fchmod(script.fileno(), 0o600)  # paths and proxies may hold passwords
+            script.write(text)
 
     return Action(
         "env",

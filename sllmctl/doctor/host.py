@@ -66,7 +66,7 @@ class Host:
             bits=64 if sys.maxsize > 2**32 else 32,
             prefix=sys.prefix,
             executable=sys.executable,
-            sys_path=tuple(p or os.getcwd() for p in sys.path),  # noqa: PTH109
+            sys_path=tuple(p or _cwd() for p in sys.path),
             user_site=_user_site(),
             home=os.path.expanduser("~"),  # noqa: PTH111
             user=os.environ.get("USER", ""),

@@ -15,7 +15,8 @@ _COLOURS = {
     Status.ERROR: "31",
     Status.SKIP: "2",
 }
-_WORDS = re.compile(r"\s+|[\u2e80-\uffff]|[^\s\u2e80-\uffff]+")
+_WORDS = re.compile(r" +|[\u2e80-\uffff]|[^ \u2e80-\uffff]+")
+_KEPT = "\xa0"  # a blank at which no line is broken
 _NEVER_FIRST = "，。：；！？、）》”"
 
 
@@ -40,7 +41,7 @@ def wrap(lead: str, text: str, columns: int) -> list[str]:
     indent = width_of(lead)
     lines, line, used = [lead], "", 0
     if columns <= 0 or width_of(text) <= columns - indent:
-        return [f"{lead}{text}"]
+        return [f"{lead}{text}".replace(_KEPT, " ")]
     for word in _WORDS.findall(text):
         wide = width_of(word)
         if indent + used + wide > columns and used and word not in _NEVER_FIRST:
@@ -51,7 +52,12 @@ def wrap(lead: str, text: str, columns: int) -> list[str]:
                 continue
         line, used = line + word, used + wide
     lines[-1] += line.rstrip()
-    return lines
+    return [line.replace(_KEPT, " ") for line in lines]
+
+
+def together(text: str) -> str:
+    """The text, to be kept on one line."""
+    return text.replace(" ", _KEPT)
 
 
 def coloured(text: str, status: Status) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections import Counter
@@ -152,6 +153,12 @@ class Machine:
         place = f"{BASE}/toolbox/latest/Ascend-DMI/bin/ascend-dmi"
         ran = self.probe.run([place if self.probe.exists(place) else "ascend-dmi", "-c"])
         return parse_ascend_dmi(ran.out)
+
+    @cached_property
+    def shut_out(self) -> str:
+        """/usr/local/Ascend where it is there, and this user may not look into it; else ""."""
+        open_ = not self.probe.is_dir(BASE) or self.probe.may(BASE, os.R_OK | os.X_OK)
+        return "" if open_ else BASE
 
     @cached_property
     def generation(self) -> str:

@@ -7,8 +7,11 @@ import fnmatch
 import mmap
 import os
 import posixpath
+import selectors
+import signal
 import stat
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -194,23 +197,20 @@ class Probe:
         except OSError:
             return Ran(127)
         try:
-            out, err = child.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
+            out, err = _output(child, timeout_s)
+        finally:
+            # What it started may live on, and hold what it took.
             with contextlib.suppress(OSError):
-                os.killpg(child.pid, 9)
+                os.killpg(child.pid, signal.SIGKILL)
             # A child in an uninterruptible driver call does not die: do not wait for it for ever.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.communicate(timeout=1)
+                child.wait(timeout=1)
+            for pipe in (child.stdout, child.stderr):
+                if pipe is not None:
+                    pipe.close()
+        if out is None:
             return Ran(None)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.killpg(child.pid, 9)
-            raise
-        return Ran(
-            child.returncode,
-            out[:RUN_BYTES].decode("utf-8", "replace"),
-            err[:RUN_BYTES].decode("utf-8", "replace"),
-        )
+        return Ran(child.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
 
     def connects(self, host: str, port: int) -> bool:
         """Whether a TCP port answers."""
@@ -308,3 +308,26 @@ class Probe:
             os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(name)  # noqa: PTH108
+
+
+def _output(child: subprocess.Popen[bytes], timeout_s: float) -> tuple[bytes | None, bytes]:
+    """The beginnings of what a child says until it ends; None if it does not end in time."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    ends_s = time.monotonic() + timeout_s
+    said = {child.stdout: bytearray(), child.stderr: bytearray()}
+    with selectors.DefaultSelector() as selector:
+        for pipe in said:
+            selector.register(pipe, selectors.EVENT_READ)
+        while time.monotonic() < ends_s:
+            ended = child.poll() is not None
+            ready = selector.select(0 if ended else min(0.05, timeout_s))
+            for key, _ in ready:
+                pipe = child.stdout if key.fileobj is child.stdout else child.stderr
+                data = os.read(key.fd, 1 << 16)
+                said[pipe] += data[: RUN_BYTES - len(said[pipe])]  # the rest is read, and dropped
+                if not data:
+                    selector.unregister(pipe)
+            if ended and not (ready and selector.get_map()):
+                return bytes(said[child.stdout]), bytes(said[child.stderr])
+    return None, b""

@@ -30,7 +30,7 @@ class TreeProbe(Probe):
     def real(self, path: str) -> str | None:
         """Where the bytes lie, inside the root."""
         found = self._walk(path)
-        return None if found is None else self.root + found
+        return None if found is None or self._shut(found) else self.root + found
 
     def realpath(self, path: str) -> str:
         """The path without links, as the machine in the tree would name it."""
@@ -51,6 +51,8 @@ class TreeProbe(Probe):
     def listdir(self, path: str) -> list[str]:
         """Names in the tree, and of described nodes."""
         here = path.rstrip("/")
+        if self._node(here) is not None and not self.may(here, os.R_OK):
+            return []
         made = {
             posixpath.basename(name)
             for name in self._description.get("nodes", {})
@@ -107,6 +109,14 @@ class TreeProbe(Probe):
         """A described answer, of the path or the nearest parent."""
         answers = self._description.get("direct_io", {})
         return next((answers[place] for place in _upwards(directory) if place in answers), None)
+
+    def _shut(self, path: str) -> bool:
+        """Whether a described directory above a path keeps the described user out."""
+        nodes = self._description.get("nodes", {})
+        return any(
+            place in nodes and nodes[place].get("kind") == "dir" and not self.may(place, os.X_OK)
+            for place in _upwards(path)[1:]
+        )
 
     def _node(self, path: str) -> dict[str, Any] | None:
         node: dict[str, Any] | None = self._description.get("nodes", {}).get(path)

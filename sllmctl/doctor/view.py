@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sllmctl.doctor.advice import ABOUT_ROWS, Row
 from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
 from sllmctl.doctor.examine import NEEDS, Examination, Outcome
-from sllmctl.doctor.layout import coloured, dim, pad, width_of, wrap
+from sllmctl.doctor.layout import coloured, dim, pad, together, width_of, wrap
 from sllmctl.doctor.log_signatures import Match
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.redact import Hide
@@ -110,7 +110,7 @@ def _heading(m: Machine, view: View) -> list[str]:
     for name in ("torch", "torch-npu", "vllm-ascend", "sglang"):
         if version := m.dists.version(name):
             parts.append(f"{name.replace('-', '_') if name == 'torch-npu' else name} {version}")
-    return view.wrapped("", view.hide(", ".join(parts)))
+    return view.wrapped("", ", ".join(together(view.hide(part)) for part in parts))
 
 
 def _group(name: str, width: int, members: list[Outcome], view: View) -> list[str]:
@@ -171,8 +171,11 @@ def _rows(rows: tuple[Row, ...], view: View) -> list[str]:
     if not rows:
         return []
     out = ["", view.say("These parts were never released together. Choose one row:")]
+    if len(rows) == 1:
+        out[1] = view.say("These parts were never released together. The nearest row is:")
     for row in rows:
-        out += view.wrapped("  - ", ", ".join(f"{part} {version}" for part, version in row.parts))
+        parts = ", ".join(together(f"{part} {version}") for part, version in row.parts)
+        out += view.wrapped("  - ", parts)
         here = view.say(say("already here: {parts}", parts=", ".join(row.here) or "-"))
         out += view.wrapped("    ", here)
         out += [f"    $ {command}" for command in row.commands]
@@ -210,7 +213,7 @@ def _verdict(done: Examination, view: View) -> list[str]:
     out = view.wrapped("", view.say(text))
     if done.rows and first.check.id in ABOUT_ROWS:
         out += view.wrapped(
-            "", view.say("Choose one of the rows above first: each fix alone may break another.")
+            "", view.say("Settle on a row first, as above: each fix alone may break another.")
         )
     elif first.finding.fix:
         out += [view.say("Do this first:"), f"  {view.hide(first.finding.fix)}"]
@@ -232,7 +235,7 @@ def _counts(done: Examination, view: View) -> list[str]:
         names = (
             " ".join(ids) if len(ids) <= _NAMED
             else f"{ids[0]} ... {ids[-1]}" if one_group
-            else str(len(ids))
+            else view.say(say("{count} checks", count=len(ids)))
         )  # fmt: skip
         out += view.quiet(view.wrapped(f"  {names}: ", reason))
     return out

@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import tests.doctor.all_scenarios  # noqa: F401  (registers them)
 from sllmctl.cli import app
-from tests.doctor import (  # noqa: F401  (registers them)
-    scenarios_cann,
-    scenarios_driver,
-    scenarios_engines,
-    scenarios_packages,
-    scenarios_service,
-    scenarios_site,
-    scenarios_store,
-)
 from tests.doctor.scenario import MEMORY, SCENARIOS
 from tests.doctor.tree import Tree
 

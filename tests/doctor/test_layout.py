@@ -14,6 +14,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.redact import hide_secrets
 from sllmctl.doctor.tree_probe import TreeProbe
 from sllmctl.doctor.view import MARKS, View, lines
+from tests.doctor.pictures import PICTURES, path, svg
 
 Make = Callable[[str], Path]
 BROKEN = "guide 1, with vLLM installed"
@@ -53,3 +54,10 @@ def test_colours_say_what_the_marks_say(machine: Make) -> None:
             assert (code in text) == (f"{code}{MARKS[status][0]}" in text)
             text = text.replace(code, "")
         assert text == same
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_pictures_of_the_guides_are_fresh(name: str, language: str) -> None:
+    shown = path(name, language).read_text(encoding="utf-8")
+    assert shown == svg(name, language), "run: python -m tests.doctor.pictures"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from sllmctl.doctor.ascend_dmi import parse_ascend_dmi
 from sllmctl.doctor.elf import parse_elf
 from sllmctl.doctor.npu_smi import Card, generation, parse_npu_smi
 from sllmctl.doctor.tables import driver_verdict, load_tables
 from sllmctl.doctor.versions import cann_base, cann_key, dotted_in, driver_key, starts_with
-from tests.doctor import fuzz_parsers
+from tests.doctor import fuzz_machines
 from tests.doctor.elf_file import shared_library
 from tests.doctor.smi_output import cards, render
 
@@ -136,9 +137,24 @@ def test_a_library_of_this_system_is_read() -> None:
     assert any(name.startswith("GLIBC_2.") for name in elf.versions)
 
 
-def test_parsers_take_random_and_mutated_text() -> None:
-    fuzz_parsers.run(6_000)
-
-
 def test_damaged_machines_break_no_check() -> None:
-    fuzz_parsers.run_trees(15)
+    fuzz_machines.run(15)
+
+
+def test_ascend_dmi_is_read_as_a_table_or_as_columns() -> None:
+    table = (
+        "Compatibility Check Result\n"
+        "| Package | Version | Status | Innerversion | Dependencies |\n"
+        "| toolkit | 8.1.RC1 | OK | V100R001C21 | npu-driver |\n"
+        "| npu-firmware | 7.5.0.1.129 | INCOMPATIBLE PACKAGE | NA | NA |\n"
+        "| toolbox | | NA | NA | NA |\n"
+    )
+    wanted = {
+        "toolkit": ("8.1.RC1", "ok"),
+        "npu-firmware": ("7.5.0.1.129", "incompatible"),
+        "toolbox": ("", "na"),
+    }
+    assert parse_ascend_dmi(table) == wanted
+    columns = "\n".join("   ".join(line.strip("| ").split(" | ")) for line in table.splitlines())
+    assert parse_ascend_dmi(columns.replace("| NA", "NA")) == wanted
+    assert parse_ascend_dmi("Failed to load the libdcmi.so dynamic library.\ntoolkit\n") == {}

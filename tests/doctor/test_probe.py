@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from sllmctl.doctor.check import Status
 from sllmctl.doctor.examine import examine
 from sllmctl.doctor.host import Host
 from sllmctl.doctor.machine import Machine
-from sllmctl.doctor.probe import Probe
+from sllmctl.doctor.npu_smi import parse_npu_smi
+from sllmctl.doctor.probe import RUN_BYTES, Probe
 from sllmctl.doctor.tree_probe import TreeProbe
 from tests.doctor.tree import A, Tree, good
 
@@ -106,3 +109,62 @@ def test_a_tree_without_a_description_is_a_machine_too(text: str, tmp_path: Path
     assert done.machine.profiles == ("convert",)
     assert not done.of(Status.ERROR)
     assert json.dumps(done.exit_code()) == "3"  # there is no torch
+
+
+def test_a_command_that_never_stops_talking_is_cut() -> None:
+    script = "import sys\nwhile True: sys.stdout.buffer.write(b'x' * 65536)"
+    ran = Probe().run([sys.executable, "-c", script], timeout_s=1.0)
+    assert ran.code is None
+    script = "import sys\nsys.stdout.buffer.write(b'x' * (8 << 20))"
+    ran = Probe().run([sys.executable, "-c", script])
+    assert (ran.code, len(ran.out)) == (0, RUN_BYTES)
+
+
+def test_a_command_that_leaves_somebody_behind_has_ended() -> None:
+    """A grandchild keeps the pipe open: what was said counts, and it is ended too."""
+    inner = "import time; time.sleep(600)"
+    script = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {inner!r}])\n"
+        "print(child.pid, flush=True)\n"
+    )
+    ran = Probe().run([sys.executable, "-c", script])
+    assert ran.code == 0
+    ends_s = time.monotonic() + 30  # it is killed at once, and buried when the kernel likes
+    while _running(int(ran.out)):
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+
+
+def _running(pid: int) -> bool:
+    """Whether a process is at work."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in ("Z", "X")
+
+
+def test_a_command_that_speaks_another_encoding_is_read(tmp_path: Path) -> None:
+    tool = tmp_path / "npu-smi"
+    tool.write_text(
+        "#!/bin/sh\nprintf '| 0     910B3 | \\325\\375\\263\\243 | 98.8 35 0 / 0 |\\n'\n"
+        "printf '| 0 | 0000:82:00.0  | 0 0 / 0 3400 / 65536 |\\n'; printf '\\377\\376' >&2\n"
+    )
+    tool.chmod(0o755)
+    ran = Probe().run([str(tool), "info"])
+    assert ran.code == 0
+    assert parse_npu_smi(ran.out).cards[0].name == "910B3"
+
+
+def test_a_directory_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {sys.executable} -c 'from sllmctl.cli import app; "
+    script += 'app(["doctor", "--only", "ENV,PY002,IO"])\''
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode in (0, 3), done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sllmctl.doctor.document import SCHEMA
 from sllmctl.doctor.host import Host
 from sllmctl.doctor.redact import Redactor
 from tests.doctor.conftest import Doctor
@@ -47,6 +48,12 @@ def leaky(machine: Callable[[str], Path]) -> Path:
     line = "OSError: libatb.so: cannot open shared object file"
     line += f" {SECRETS['http_proxy']} {SECRETS['HF_TOKEN']} 10.20.30.40"
     (root / "error.log").write_text(f"{log}\n{line}\n")
+    names = [name for name in SECRETS if name != "PRIVATE_THING"]
+    other = ", ".join(json.dumps({"name": name, "value": SECRETS[name]}) for name in names)
+    (root / "other.json").write_text(
+        f'{{"schema": "{SCHEMA}", "host": {{"kernel": "\\u001b[0;10.20.30.40"}}, '
+        f'"facts": {{"environment": [{other}]}}, "checks": []}}'
+    )
     return root
 
 
@@ -55,18 +62,33 @@ def leaky(machine: Callable[[str], Path]) -> Path:
     [
         ([], []), (["-v"], []), (["--lang", "zh", "-v"], []), (["--json"], WHO),
         (["--report", "-"], WHO), (["--log", "LOG"], []), (["--log", "LOG", "--json"], WHO),
-        (["--profile", "all", "--json"], WHO),
+        (["--profile", "all", "--json"], WHO), (["--fix", "--dry-run"], []),
+        (["--fix", "--yes"], []), (["--fix", "--yes", "--json"], WHO),
+        (["--fix", "--dry-run", "--json"], WHO), (["--compare", "OTHER"], WHO),
+        (["--compare", "OTHER", "--json"], WHO), (["--strict", "--quiet"], []),
+        (["--only", "ENV", "--skip", "ENV001", "-v"], []),
     ],
 )  # fmt: skip
 def test_planted_secrets_appear_nowhere(
     doctor: Doctor, leaky: Path, arguments: list[str], hidden: list[str]
 ) -> None:
-    words = [str(leaky / "error.log") if word == "LOG" else word for word in arguments]
+    files = {"LOG": str(leaky / "error.log"), "OTHER": str(leaky / "other.json")}
+    words = [files.get(word, word) for word in arguments]
     done = doctor("--root", leaky, *words)
     assert done.exit_code in (0, 3), done.output
     text = done.stdout + done.stderr
     assert not [leak for leak in LEAKS + hidden if leak in text]
-    assert "***" in text
+    assert "\x1b" not in text
+    assert "***" in text or "--fix" in arguments or "--quiet" in arguments
+
+
+def test_the_script_of_a_mended_environment_is_its_owners_alone(
+    doctor: Doctor, leaky: Path
+) -> None:
+    assert doctor("--root", leaky, "--fix", "--yes").exit_code == 0
+    script = leaky / "root/sllmctl-env.sh"
+    assert "/home/alice/lib" in script.read_text()  # it must work: nothing in it is hidden
+    assert script.stat().st_mode & 0o077 == 0
 
 
 def test_a_report_keeps_what_helps() -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["sllmctl.core", "sllmctl.store", "json"]):
+with atheris.instrument_imports(
+    include=["sllmctl.core", "sllmctl.doctor", "sllmctl.store", "json"]
+):
     import sllmctl.core.header
     import sllmctl.core.manifest
     import sllmctl.core.sllm_store
+    import sllmctl.doctor.all_checks
     import sllmctl.store.connection  # noqa: F401 - imported here to be instrumented
 
 from tests.fuzz.mutate import mutate

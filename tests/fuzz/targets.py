@@ -13,7 +13,7 @@ from sllmctl.core import header as header_module
 from sllmctl.core import manifest as manifest_module
 from sllmctl.core.dtypes import DTYPE_BITS
 from sllmctl.errors import CheckpointError
-from tests.fuzz import session
+from tests.fuzz import doctor, session
 from tests.fuzz import sllm_index as sllm_index_module
 from tests.raw import entry
 
@@ -90,6 +90,7 @@ TARGETS: dict[str, Target] = {
     "header": header,
     "index": index,
     "manifest": manifest,
+    "doctor": doctor.doctor,
     "session": session.session,
     "sllm_index": sllm_index,
 }
@@ -101,6 +102,8 @@ def seeds(target: str) -> list[bytes]:
         return session.seeds()
     if target == "sllm_index":
         return sllm_index_module.seeds()
+    if target == "doctor":
+        return doctor.seeds()
     if target == "index":
         return [
             json.dumps({"metadata": {"total_size": 8}, "weight_map": names}).encode()

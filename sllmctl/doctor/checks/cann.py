@@ -37,6 +37,12 @@ MIXABLE = {"8.5.2", "9.0.0", "9.0.1"}
     "(`ascend-dmi -c` belongs to another package, the toolbox)",
 )
 def installed(m: Machine) -> Finding:
+    if m.cann is None and m.shut_out:
+        return fail(
+            say("this user may not look into {path}", path=m.shut_out),
+            file(m.shut_out, "no access"),
+            fix=f"sudo chmod a+rX {m.shut_out}",
+        )
     if m.cann is None:
         return fail(
             say("there is no CANN on this machine"),
@@ -139,7 +145,7 @@ def tested(m: Machine) -> Finding:
     looks_at="libascendcl.so, libhccl.so and libge_runner.so in lib64, opp, runtime, compiler; for "
     "builds include/acl/acl.h",
     profiles="base build",
-    needs=("CANN001",),
+    needs=("CANN001", "CANN007"),
 )
 def complete(m: Machine) -> Finding:
     assert m.cann is not None

@@ -41,8 +41,10 @@ _FILES = (
     "ASCEND_RUNTIME_OPTIONS=NODRV",
 )
 def mounts(m: Machine) -> Finding:
-    if not m.in_container or not (m.pci or m.cards):
-        return skip(say("this is no container with cards"))
+    if not m.in_container:
+        return skip(say("this is no container"))
+    if not (m.pci or m.cards):
+        return skip(say("there is no Ascend card in this machine"))
     if "NODRV" in m.env.get("ASCEND_RUNTIME_OPTIONS", ""):
         return fail(
             say("ASCEND_RUNTIME_OPTIONS=NODRV keeps the driver out of this container"),

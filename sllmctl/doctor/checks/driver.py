@@ -151,6 +151,12 @@ def driver_version(m: Machine) -> Finding:
     path = f"{m.driver_path}/version.info"
     if m.driver:
         return ok(say("driver {version}", version=m.driver), file(path, m.driver))
+    if m.shut_out and path.startswith(f"{m.shut_out}/"):
+        return warn(
+            say("this user may not look into {path}", path=m.shut_out),
+            file(m.shut_out, "no access"),
+            fix=f"sudo chmod a+rX {m.shut_out}",
+        )
     if m.probe.exists(path):
         return info(say("{path} names no version", path=path), file(path, "no Version="))
     if m.in_container:
@@ -267,6 +273,8 @@ def _board(m: Machine) -> tuple[str, str] | None:
 )
 def driver_libraries(m: Machine) -> Finding:
     name = "libascend_hal.so"
+    if m.shut_out and m.driver_path.startswith(f"{m.shut_out}/"):
+        return skip(say("this user may not look into {path}", path=m.shut_out))
     places = [f"{m.driver_path}/lib64/{sub}{name}" for sub in ("driver/", "", "common/")]
     path = next((p for p in places if m.probe.exists(p)), None)
     if path is None:

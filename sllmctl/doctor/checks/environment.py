@@ -27,7 +27,7 @@ from sllmctl.doctor.versions import cann_base
 
 STUB = re.compile(r"/(stub|devlib)(/|$)")
 _LOG_BYTES = 5 << 30
-_IDS = re.compile(r"^\d{1,4}(,\d{1,4})*$")
+_IDS = re.compile(r"[0-9]{1,4}(,[0-9]{1,4})*")
 _PYTHON = re.compile(r"/python(\d+\.\d+)/(site|dist)-packages")
 
 
@@ -37,7 +37,7 @@ _PYTHON = re.compile(r"/python(\d+\.\d+)/(site|dist)-packages")
     why="without it libhccl.so, libascendcl.so and the operators are not found",
     looks_at="ASCEND_HOME_PATH or ASCEND_TOOLKIT_HOME, ASCEND_OPP_PATH, and lib64 in "
     "LD_LIBRARY_PATH, as this process sees them (a service does not read ~/.bashrc)",
-    needs=("CANN001",),
+    needs=("CANN001", "CANN007"),
 )
 def sourced(m: Machine) -> Finding:
     assert m.cann is not None
@@ -218,7 +218,7 @@ def visible_devices(m: Machine) -> Finding:
     wanted = sorted({int(n) for n in re.findall(r"\d{1,4}", _spread(value))})
     good = [n for n in wanted if not count or n < count] or ([0] if count else wanted)
     fix = f"export {name}={','.join(map(str, good))}"
-    if not _IDS.match(value):
+    if not _IDS.fullmatch(value):
         return fail(
             say("{name} must be numbers and commas: {value}", name=name, value=repr(value)),
             *seen, fix=fix, action="env",

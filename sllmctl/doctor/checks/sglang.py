@@ -23,6 +23,7 @@ from sllmctl.doctor.versions import cann_base, cann_key, public, release
 
 _CANN = re.compile(r"\.cann\.(\d+\.\d+\.[A-Za-z]*\d+)", re.IGNORECASE)
 _SOURCES = ("sgl_kernel_npu", "deep_ep")
+_DEPTH = 7
 _FOLDERS = {"ascend910b": "A2", "ascend910_93": "A3"}
 
 
@@ -117,7 +118,11 @@ def operators(m: Machine) -> Finding:
         for name in m.probe.listdir(path):
             if name in _FOLDERS:
                 built.add(_FOLDERS[name])
-            elif depth < 7 and m.probe.is_dir(f"{path}/{name}"):
+            elif (
+                depth < _DEPTH
+                and m.probe.readlink(f"{path}/{name}") is None
+                and m.probe.is_dir(f"{path}/{name}")
+            ):
                 todo.append((f"{path}/{name}", depth + 1))
     if not built or m.generation in built:
         return ok(say("deep_ep has operators for {chip}", chip=m.generation))

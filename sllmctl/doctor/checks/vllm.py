@@ -207,6 +207,8 @@ def image(m: Machine) -> Finding:
         for word, generation in _SOC
         if word in text.lower()
     ]
+    if not said and not m.in_container:
+        return skip(say("this is no container"))
     if not said or m.generation not in ("A2", "A3"):
         return skip(say("nothing here says which cards the image is made for"))
     wrong = [(generation, seen) for generation, seen in said if generation != m.generation]
