@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ready
 C_FILES := $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch] tests/npu_emulator/*.[ch] tests/device/*/*.[ch])
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick test-models test-transformers-4 lint format docs fuzz torture check-deploy bench clean
+.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
@@ -34,6 +34,7 @@ demo: setup ## convert and load a real model and a generated one of 1 GB, prove 
 	@$(BIN)/python -m tests.demo
 
 test: setup lint ## everything that CI runs
+	@$(MAKE) --no-print-directory $(NPU_STAMP) || echo "without torch_npu: its tests will be skipped"
 	$(BIN)/python -m pytest
 
 test-quick: setup ## unit tests alone: seconds
@@ -59,6 +60,18 @@ test-models: setup $(QUANTIZERS)/.ready ## load every architecture and quantized
 test-transformers-4: setup $(QUANTIZERS)/.ready $(TRANSFORMERS_4)/.ready ## the same with transformers 4
 	PYTHONPATH=$(abspath $(TRANSFORMERS_4)):$(abspath $(QUANTIZERS)) \
 		$(BIN)/python -m pytest $(MODEL_TESTS)
+
+# torch_npu, where it can be had, on an emulated CANN: in an environment of its own, for without
+# CANN it makes `import torch` fail.
+TORCH_NPU ?= torch_npu==2.13.0
+NPU_STAMP := $(VENV)-npu/.ready
+$(NPU_STAMP): $(STAMP) $(wildcard tests/npu_emulator/*) tests/device/torch_npu/environment.py
+	@echo "setting up $(VENV)-npu: half a minute"
+	@$(BIN)/python -m tests.device.torch_npu.environment make '$(TORCH_NPU)'
+	@touch $@
+
+test-npu: $(NPU_STAMP) ## load onto emulated NPUs, with the real torch_npu
+	$(BIN)/python -m tests.device.torch_npu.environment run
 
 lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .
@@ -93,4 +106,4 @@ bench: setup ## measure loads and conversion against the machine's limits
 	$(BIN)/python -m sllmctl bench --size 2GB
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info sllmctl/_native*.so demo
+	rm -rf $(VENV) $(VENV)-npu build dist *.egg-info sllmctl/_native*.so demo

@@ -100,8 +100,9 @@ for _command in _COMMANDS:
 def main() -> None:
     """Run the command line; a failure becomes one line and an exit code."""
     # A torch_npu without its CANN libraries makes `import torch` fail: torch loads backends by
-    # entry point. Nothing here needs one that is not asked for.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    # entry point. Whoever needs one here imports it by name. What is set already may come from
+    # torch_npu, which leaves a 1 to the children of every process that imported it.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,14 +157,18 @@ def _not_there(spec: DeviceSpec, count: int) -> DeviceUnavailable:
 
 
 def free_memory_bytes(spec: DeviceSpec) -> int:
-    """What torch can still allocate: what is free on a device, and what torch holds unused."""
+    """What torch can still allocate: what is free on a device, and what torch holds unused.
+
+    Raises:
+        DeviceError: The device does not work.
+    """
     if spec.kind == "cpu":
         return available_memory_bytes()
     runtime = torch_runtime(spec)
     # The runtime answers for the thread's current device, whichever is asked about.
-    with runtime.device(spec.ordinal):
+    with _asking_torch(spec), runtime.device(spec.ordinal):
         free, _ = runtime.mem_get_info(spec.ordinal)
-    unused = runtime.memory_reserved(spec.ordinal) - runtime.memory_allocated(spec.ordinal)
+        unused = runtime.memory_reserved(spec.ordinal) - runtime.memory_allocated(spec.ordinal)
     return int(free + unused)
 
 
@@ -190,9 +195,25 @@ def check_device_memory(spec: DeviceSpec, needed_bytes: int) -> None:
 
 
 def wait_for_torch(spec: DeviceSpec) -> None:
-    """Let torch's work on a device end: memory that it hands out may still be in use there."""
+    """Let torch's work on a device end: memory that it hands out may still be in use there.
+
+    Raises:
+        DeviceError: The device does not work.
+    """
     if spec.kind != "cpu":
-        torch_runtime(spec).current_stream(spec.ordinal).synchronize()
+        with _asking_torch(spec):
+            torch_runtime(spec).current_stream(spec.ordinal).synchronize()
+
+
+@contextmanager
+def _asking_torch(spec: DeviceSpec) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as exc:
+        reason = str(exc).strip().partition("\n")[0]
+        raise DeviceError(
+            f"torch cannot use {spec}: {reason}", hint="`sllmctl doctor --deep` tries the devices"
+        ) from exc
 
 
 def require_cpu(device: object) -> DeviceSpec:
