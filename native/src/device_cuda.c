@@ -152,7 +152,7 @@ static sllm_status unpin(sllmi_request *request, sllm_error *err)
 {
     const sllmi_cuda *cuda;
     sllm_status status = set_device(request->ordinal, &cuda, err);
-    if (status == SLLM_OK) {
+    if (cuda != NULL) { /* a device that fails is no reason to keep the memory */
         (void)cuda->cudaFreeHost(request->memory);
     }
     return status;

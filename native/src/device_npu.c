@@ -101,7 +101,7 @@ static sllm_status unpin(sllmi_request *request, sllm_error *err)
 {
     const sllmi_acl *acl;
     sllm_status status = set_device(request->ordinal, &acl, err);
-    if (status == SLLM_OK) {
+    if (acl != NULL) { /* a device that fails is no reason to keep the memory */
         (void)acl->aclrtFreeHost(*raw_address(request->memory));
     }
     return status;

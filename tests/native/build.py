@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,6 +57,8 @@ def _is_current(target: Path, sources: Iterable[Path]) -> bool:
 def build_programs(mode: str, programs: list[Path]) -> dict[str, Path]:
     """Compile what has changed since the last time.
 
+    Every other C file beside the programs is part of each of them.
+
     Returns:
         The executable of each program, by the name of its source without the suffix.
     """
@@ -66,14 +68,18 @@ def build_programs(mode: str, programs: list[Path]) -> dict[str, Path]:
     headers.append(Path(__file__))
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.parent.name}-{source.stem}.o"
+        target = folder / f"{source.parent.parent.name}-{source.parent.name}-{source.stem}.o"
         if not _is_current(target, [source, *headers]):
             _run([compiler(), *FLAGS, *MODES[mode], "-c", str(source), "-o", str(target)])
         return target
 
+    beside = {path for program in programs for path in program.parent.glob("*.c")}
+    own_helpers = sorted(path for path in beside if not path.name.startswith("test_"))
+    helpers = [*HELPERS, *(path for path in own_helpers if path not in HELPERS)]
+    headers += [path for program in programs for path in program.parent.glob("*.h")]
     with (folder / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        shared = list(pool.map(compile_one, [*LIBRARY, *HELPERS]))
+        shared = list(pool.map(compile_one, [*LIBRARY, *helpers]))
         objects = list(pool.map(compile_one, programs))
 
         def link_one(program: Path, own: Path) -> Path:
@@ -110,8 +116,16 @@ def launcher(mode: str) -> list[str] | str:
     return f"the sanitizer's runtime does not start: {done.stderr.strip()[:200]}"
 
 
-def run_program(source: Path, mode: str, directory: Path) -> None:
+def run_program(
+    source: Path, mode: str, directory: Path, environment: Mapping[str, str] | None = None
+) -> None:
     """Build and run a program with its files below a directory.
+
+    Args:
+        source: The program; everything else in its folder is built, too.
+        mode: Of `MODES`.
+        directory: For its files.
+        environment: Variables beside the process's own.
 
     Raises:
         AssertionError: A test in it failed, or a sanitizer had something to say.
@@ -122,7 +136,7 @@ def run_program(source: Path, mode: str, directory: Path) -> None:
     program = build_programs(mode, sorted(source.parent.glob("test_*.c")))[source.stem]
     done = subprocess.run(
         [*front, str(program), str(directory)],
-        env={**os.environ, **SANITIZER_OPTIONS},
+        env={**os.environ, **SANITIZER_OPTIONS, **(environment or {})},
         capture_output=True,
         text=True,
         errors="replace",

@@ -24,6 +24,18 @@ test_load load_of_files(const uint64_t *sizes)
     return load;
 }
 
+static void make_ring(test_load *load, uint32_t count, uint32_t slots, uint64_t chunk_bytes)
+{
+    sllm_error err;
+    CHECK_OK(
+        sllm_ring_create(load->devices[0], chunk_bytes + SLLM_PAGE_BYTES, slots, &load->ring, &err),
+        &err);
+    load->options.device_count = count;
+    load->options.devices = load->devices;
+    load->options.ring = load->ring;
+    load->options.chunk_bytes = chunk_bytes;
+}
+
 void load_use_devices(test_load *load, uint32_t count, bool fake, uint32_t slots,
                       uint64_t chunk_bytes)
 {
@@ -35,13 +47,31 @@ void load_use_devices(test_load *load, uint32_t count, bool fake, uint32_t slots
             CHECK_OK(sllm_device_open("cpu", 0, &load->devices[i], &err), &err);
         }
     }
-    CHECK_OK(
-        sllm_ring_create(load->devices[0], chunk_bytes + SLLM_PAGE_BYTES, slots, &load->ring, &err),
-        &err);
-    load->options.device_count = count;
-    load->options.devices = load->devices;
-    load->options.ring = load->ring;
-    load->options.chunk_bytes = chunk_bytes;
+    make_ring(load, count, slots, chunk_bytes);
+}
+
+void load_use_backend(test_load *load, const char *backend, const load_memory *memory,
+                      uint32_t count, uint32_t slots, uint64_t chunk_bytes)
+{
+    sllm_error err;
+    load->memory = memory;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK_OK(sllm_device_open(backend, (int32_t)i, &load->devices[i], &err), &err);
+    }
+    make_ring(load, count, slots, chunk_bytes);
+}
+
+static void *alloc_place(const test_load *load, int32_t device, uint64_t bytes)
+{
+    void *place = load->memory == NULL ? malloc(bytes) : load->memory->alloc(device, bytes);
+    CHECK(place != NULL);
+    return place;
+}
+
+static unsigned char *look(const test_load *load, const sllm_extent *extent)
+{
+    void *target = (void *)(uintptr_t)extent->target;
+    return load->memory == NULL || extent->device < 0 ? target : load->memory->look(target);
 }
 
 void load_add(test_load *load, uint32_t file, int32_t device, uint64_t offset, uint64_t bytes)
@@ -58,8 +88,7 @@ void load_add(test_load *load, uint32_t file, int32_t device, uint64_t offset, u
         extent->target = (uint64_t)(uintptr_t)sllm_memory_address(memory);
     } else {
         uint64_t odd = i % 7; /* devices' targets need no alignment */
-        load->places[i] = malloc(bytes + 2 * LOAD_GUARD + odd);
-        CHECK(load->places[i] != NULL);
+        load->places[i] = alloc_place(load, device, bytes + 2 * LOAD_GUARD + odd);
         extent->target = (uint64_t)(uintptr_t)load->places[i] + LOAD_GUARD + odd;
     }
     load_forget(load);
@@ -127,7 +156,7 @@ void load_check(const test_load *load)
 {
     for (uint64_t i = 0; i < load->extent_count; i++) {
         const sllm_extent *extent = &load->extents[i];
-        const unsigned char *target = (const unsigned char *)(uintptr_t)extent->target;
+        const unsigned char *target = look(load, extent);
         file_check(load->files[extent->file].seed, extent->offset, target, extent->bytes);
         for (int k = 0; extent->device >= 0 && k < LOAD_GUARD; k++) {
             CHECK_U64(target[-1 - k], GUARD_BYTE);
@@ -140,7 +169,7 @@ void load_forget(test_load *load)
 {
     for (uint64_t i = 0; i < load->extent_count; i++) {
         const sllm_extent *extent = &load->extents[i];
-        char *target = (char *)(uintptr_t)extent->target;
+        unsigned char *target = look(load, extent);
         if (extent->device < 0) {
             memset(target, 0, extent->bytes);
         } else {
@@ -178,6 +207,8 @@ void load_end(test_load *load)
     for (uint64_t i = 0; i < load->extent_count; i++) {
         if (load->extents[i].device < 0) {
             sllm_memory_destroy(load->places[i]);
+        } else if (load->memory != NULL) {
+            load->memory->free(load->places[i]);
         } else {
             free(load->places[i]);
         }

@@ -13,12 +13,20 @@
 #define LOAD_DEVICES 4
 #define LOAD_GUARD 64 /* bytes around a place on a device that must stay as they are */
 
+/* Where extents on devices lie. */
+typedef struct load_memory {
+    void *(*alloc)(int32_t device, uint64_t bytes);
+    void (*free)(void *memory);
+    unsigned char *(*look)(const void *address); /* where the host sees it */
+} load_memory;
+
 typedef struct test_load {
     test_file files[LOAD_FILES];
     uint32_t file_count;
     sllm_extent extents[LOAD_EXTENTS];
     void *places[LOAD_EXTENTS]; /* host: the sllm_memory; device: its allocation */
     uint64_t extent_count;
+    const load_memory *memory; /* NULL: the host's heap */
     sllm_device *devices[LOAD_DEVICES];
     sllm_ring *ring;
     sllm_job_options options; /* set what is to differ from the defaults */
@@ -29,6 +37,9 @@ test_load load_of_files(const uint64_t *sizes);
 /* Open `count` devices (fake, or else of the cpu backend) and a ring for chunk_bytes. */
 void load_use_devices(test_load *load, uint32_t count, bool fake, uint32_t slots,
                       uint64_t chunk_bytes);
+/* Devices 0 to count - 1 of a backend, with their memory. */
+void load_use_backend(test_load *load, const char *backend, const load_memory *memory,
+                      uint32_t count, uint32_t slots, uint64_t chunk_bytes);
 void load_add(test_load *load, uint32_t file, int32_t device, uint64_t offset, uint64_t bytes);
 /* Extents of the given devices and of the host, as a seed has it: gaps, overlaps between devices,
  * odd places. */

@@ -5,23 +5,25 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define EVENT_MAGIC 0xE7E47011u
 #define EVENT_SYNC 1u
 #define EVENT_DEFAULT 9u
 
 struct emu_event {
-    uint32_t magic, flags;
+    uint32_t flags;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     uint64_t recorded, done; /* generations */
     struct timespec at;
     atomic_int users; /* the handle, and tasks */
+    struct emu_event *next;
 };
+
+static emu_event *events; /* whose handles are live */
+static pthread_mutex_t events_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void release(emu_event *event)
 {
     if (atomic_fetch_sub(&event->users, 1) == 1) {
-        event->magic = 0;
         pthread_cond_destroy(&event->changed);
         pthread_mutex_destroy(&event->lock);
         free(event);
@@ -56,7 +58,6 @@ static aclError create(void **event_out, uint32_t flags, const char *function)
     if (event == NULL) {
         abort();
     }
-    event->magic = EVENT_MAGIC;
     event->flags = flags;
     event->users = 1;
     pthread_mutex_init(&event->lock, NULL);
@@ -64,6 +65,10 @@ static aclError create(void **event_out, uint32_t flags, const char *function)
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&event->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
+    pthread_mutex_lock(&events_lock);
+    event->next = events;
+    events = event;
+    pthread_mutex_unlock(&events_lock);
     *event_out = event;
     emu_counters.events++;
     return ACL_SUCCESS;
@@ -87,9 +92,20 @@ EMU_API aclError aclrtCreateEventExWithFlag(void **event_out, uint32_t flags)
     return create(event_out, flags, __func__);
 }
 
+static bool is_live(const void *handle)
+{
+    pthread_mutex_lock(&events_lock);
+    const emu_event *event = events;
+    while (event != NULL && event != handle) {
+        event = event->next;
+    }
+    pthread_mutex_unlock(&events_lock);
+    return event != NULL;
+}
+
 #define EVENT(handle, event)                                                                       \
     emu_event *event = handle;                                                                     \
-    if (event == NULL || event->magic != EVENT_MAGIC) {                                            \
+    if (!is_live(event)) {                                                                         \
         return emu_fail(RT_INVALID_HANDLE, "%s: %p is no event", __func__, handle);                \
     }
 
@@ -97,6 +113,13 @@ EMU_API aclError aclrtDestroyEvent(void *handle)
 {
     EMU_ENTER("(%p)", handle);
     EVENT(handle, event)
+    pthread_mutex_lock(&events_lock);
+    emu_event **place = &events;
+    while (*place != event) {
+        place = &(*place)->next;
+    }
+    *place = event->next;
+    pthread_mutex_unlock(&events_lock);
     release(event);
     emu_counters.events--;
     return ACL_SUCCESS;

@@ -1,0 +1,34 @@
+/* The emulated Ascend runtime, as the tests see it: counters, failures, devices' memory. */
+#ifndef EMULATOR_H
+#define EMULATOR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "acl_abi.h"
+#include "loads.h"
+
+/* Memory of NPUs, made and seen without a device set on the calling thread. */
+extern const load_memory emulator_memory;
+
+/* The same library as the backend's; nothing of it is started. */
+const sllmi_acl *emulator(void);
+
+uint64_t emulator_stat(const char *name);
+/* "[async:]function:nth:code"; NULL: none. */
+void emulator_fail(const char *rule);
+bool emulator_failed(void);
+/* No asynchronous copy runs while held. */
+void emulator_hold(bool held);
+/* The calling thread's device; -1: none. */
+int emulator_thread_device(void);
+
+/* What holds after any use: no rule broken, every asynchronous copy from pinned memory. */
+void emulator_check(void);
+/* Nothing was left behind. */
+void emulator_check_empty(void);
+
+/* Run something on a thread of its own, which ends with it. */
+void on_a_thread(void (*run)(void *), void *argument);
+
+#endif

@@ -1,0 +1,63 @@
+"""The C library on the emulated Ascend runtime, under the rules of several releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.device.emulators import SANITIZED, ascend
+from tests.native.build import run_program
+
+PROGRAMS = Path(__file__).parent / "native"
+
+PROFILES = {
+    "newest": ("9.0", {}),
+    "delayed": (
+        "9.0",
+        {"ACLEMU_DELAY_US": "100", "ACLEMU_CHECK_SRC": "1", "ACLEMU_POISON": "1"},
+    ),
+    "cann_8.1": ("8.1", {"ACLEMU_CANN_VERSION": "8.1.RC1"}),
+    "cann_8.0": (
+        "8.0",
+        {
+            "ACLEMU_CANN_VERSION": "8.0.0",
+            "ACLEMU_PAGEABLE": "undefined",
+            "ACLEMU_ALIGN": "64",
+            "ACLEMU_CHECK_SRC": "1",
+            "ACLEMU_DELAY_US": "50",
+        },
+    ),
+}
+
+
+def check(program: str, mode: str, profile: str, directory: Path) -> None:
+    release, environment = PROFILES[profile]
+    folder = ascend(mode, release)
+    run_program(
+        PROGRAMS / f"{program}.c",
+        mode,
+        directory,
+        {
+            "ACLEMU_STRICT_INIT": "1",
+            "LD_LIBRARY_PATH": str(folder),
+            **(SANITIZED if mode != "plain" else {}),
+            **environment,
+        },
+    )
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_loads_and_gathers_are_right(profile: str, tmp_path: Path) -> None:
+    check("test_npu", "plain", profile, tmp_path)
+
+
+@pytest.mark.parametrize("profile", ["newest", "cann_8.0"])
+def test_every_failure_is_explained_and_leaves_nothing(profile: str, tmp_path: Path) -> None:
+    check("test_npu_faults", "plain", profile, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["asan", "tsan"])
+@pytest.mark.parametrize("program", ["test_npu", "test_npu_faults"])
+def test_sanitizers_find_nothing(program: str, mode: str, tmp_path: Path) -> None:
+    check(program, mode, "delayed", tmp_path)
