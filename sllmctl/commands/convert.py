@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sllmctl.core.write.convert import ConvertResult
 
 
@@ -29,6 +32,12 @@ class Format(str, Enum):
 
     SAFETENSORS = "safetensors"
     SLLM_STORE = "sllm-store"
+
+
+class Engine(str, Enum):
+    """Whose rank state to write."""
+
+    VLLM = "vllm"
 
 
 class Hub(str, Enum):
@@ -98,6 +107,27 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            "--engine",
+            help="Start this engine once, and keep what each of its ranks holds: its rank state.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", min=1, help="With --engine: how many ranks."),
+    ] = 1,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-args",
+            metavar="JSON",
+            help="With --engine: its further arguments, as they will be when it serves.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a checkpoint that is there.")
     ] = False,
@@ -119,6 +149,7 @@ def convert(
     from sllmctl import api
 
     console = Console.choose(as_json=as_json, quiet=quiet)
+    arguments = _engine_arguments(engine, engine_args)
     with console.progress() as progress:
         result = api.run_conversion(
             source,
@@ -137,10 +168,34 @@ def convert(
         )
     for warning in result.warnings:
         console.warn(warning)
-    console.result(_document(result), quiet=result.path, human=_lines(result))
+    states: list[Path] = []
+    lines = _lines(result)
+    if engine is not None:
+        from sllmctl.integrations.vllm_rank import describe_states, write_rank_states
+
+        states = write_rank_states(
+            result.path, tensor_parallel_size=tensor_parallel_size, engine_args=arguments
+        )
+        lines += [f"  {describe_states(states)}", f"  {states[0].parent}"]
+    console.result(_document(result, states), quiet=result.path, human=lines)
 
 
-def _document(result: ConvertResult) -> dict[str, Any]:
+def _engine_arguments(engine: Engine | None, text: str | None) -> dict[str, Any]:
+    """Read the engine's arguments, and see that it is here, before anything is converted."""
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError as exc:
+        raise typer.BadParameter(f"not JSON: {exc}", param_hint="--engine-args") from exc
+    if not isinstance(arguments, dict):
+        raise typer.BadParameter("not a JSON object", param_hint="--engine-args")
+    if engine is not None:
+        from sllmctl.integrations.vllm_rank import require_vllm
+
+        require_vllm()
+    return arguments
+
+
+def _document(result: ConvertResult, rank_states: list[Path]) -> dict[str, Any]:
     return {
         "schema": "sllmctl.convert/1",
         "source": result.source,
@@ -154,6 +209,7 @@ def _document(result: ConvertResult) -> dict[str, Any]:
         "already": result.already,
         "resumed_shards": result.resumed,
         "warnings": list(result.warnings),
+        "rank_states": list(map(str, rank_states)),
     }
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -214,7 +215,7 @@ class EngineWeights:
         loaded = api.load(
             found.model,
             storage_path=options.storage_path,
-            store=options.store if found.path else "require",
+            store=options.store,
             socket=options.socket,
             label=label,
             options=choice,
@@ -301,6 +302,17 @@ def describe(stats: LoadStats) -> str:
         f"{stats.tensors} tensors, {stats.bytes} bytes: {', '.join(parts) or 'none read'}"
         f"{verified}, {stats.elapsed_s:.3f} s"
     )
+
+
+@contextmanager
+def telling_hints() -> Iterator[None]:
+    """Put an error's hint into its message: an engine's log knows no hints."""
+    try:
+        yield
+    except SllmError as exc:
+        exc.message = with_hint(exc)
+        exc.hint = None
+        raise
 
 
 def with_hint(exc: SllmError) -> str:

@@ -28,6 +28,7 @@ from sllmctl.integrations.engine_source import (
     FoundModel,
     describe,
     find_model,
+    telling_hints,
     with_hint,
 )
 from sllmctl.integrations.vllm_rank import announce, rank_key, require_plain_state
@@ -45,7 +46,8 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
-        self._options = EngineOptions.parse(load_config.model_loader_extra_config or {})
+        with telling_hints():
+            self._options = EngineOptions.parse(load_config.model_loader_extra_config or {})
         self._weights: EngineWeights | None = None
         self._rank_key: RankKey | None = None
         self.local_expert_ids: set[int] | None = None
@@ -54,11 +56,9 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         """Open the weights, and only then let vLLM build the model and fill it."""
         model_config = kwargs.get("model_config") or kwargs["vllm_config"].model_config
         try:
-            self._open(model_config)
-            return super().load_model(*args, **kwargs)
-        except SllmError as exc:
-            exc.message = with_hint(exc)
-            raise
+            with telling_hints():
+                self._open(model_config)
+                return super().load_model(*args, **kwargs)
         finally:
             self._close()
 

@@ -106,6 +106,20 @@ def require_plain_state(model: nn.Module) -> None:
             raise CheckpointError(f"vLLM quantizes `{name}` while it loads it")
 
 
+def require_vllm() -> None:
+    """See that vLLM is installed here.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "there is no vLLM in this Python to make its rank state",
+            hint="run this where vLLM is installed, or install sllmctl there: "
+            "pip install 'sllmctl[vllm]'",
+        )
+
+
 def write_rank_states(
     path: Path, *, tensor_parallel_size: int, engine_args: Mapping[str, Any] | None = None
 ) -> list[Path]:
@@ -124,12 +138,7 @@ def write_rank_states(
         CheckpointError: vLLM did not start, or could not write the states; the message ends with
             its log's last words.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "there is no vLLM in this Python to make its rank state",
-            hint="run this where vLLM is installed, or install sllmctl there: "
-            "pip install 'sllmctl[vllm]'",
-        )
+    require_vllm()
     open_checkpoint(path)
     arguments = {
         "enforce_eager": True,

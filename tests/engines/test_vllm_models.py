@@ -114,3 +114,114 @@ def test_weights_are_reloaded_in_place(workers: Workers, playground: Playground)
     playground.converted("qwen3")
     for answer in workers.run(playground.bare("qwen3"), **ours(model="qwen3"), reload=""):
         assert answer["reloaded"] == answer["tensors"], answer
+
+
+def test_a_missing_tensor_is_refused_by_name(workers: Workers, playground: Playground) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    model = playground.variant(f"no-down-{len(workers.logs)}", "qwen3", without=name)
+    told = errors(workers.run(playground.bare("qwen3"), **ours(model=model)))
+    assert told.count(f"`{model}` does not fill a Qwen3ForCausalLM: `{name}` got 0 of ") == len(
+        workers.logs
+    )
+    assert f"it has no `{name}`" in told
+
+
+def test_a_missing_part_of_a_fused_parameter_is_refused_by_name_and_bytes(
+    workers: Workers, playground: Playground
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    model = playground.variant(f"no-q-{len(workers.logs)}", "qwen3", without=name)
+    told = errors(workers.run(playground.bare("qwen3"), **ours(model=model)))
+    # q has half of the rows of qkv; bf16, 128 columns, 256 rows in all.
+    whole = 256 * 128 * 2 // len(workers.logs)
+    assert f"`model.layers.0.self_attn.qkv_proj.weight` got {whole // 2} of {whole} bytes" in told
+    assert f"it has no `{name}`" in told
+    allowed = workers.run(playground.bare("qwen3"), **ours(model=model, check="names"))
+    assert "error" not in allowed[0]
+
+
+def test_a_missing_expert_is_refused(workers: Workers, playground: Playground) -> None:
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    model = playground.variant(f"no-expert-{len(workers.logs)}", "qwen3-moe", without=name)
+    told = errors(workers.run(playground.bare("qwen3-moe"), **ours(model=model)))
+    assert "w13_weight` got " in told
+    assert f"`{name}`" in told
+
+
+def test_a_missing_scale_of_a_quantized_weight_is_refused(
+    workers: Workers, playground: Playground
+) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight_scale"
+    model = playground.variant(f"no-scale-{len(workers.logs)}", "qwen3-int8", without=name)
+    told = errors(workers.run(playground.bare("qwen3-int8"), **ours(model=model)))
+    assert f"`{name}` got 0 of " in told
+
+
+def test_a_flipped_bit_is_found_before_anything_is_built(
+    workers: Workers, playground: Playground
+) -> None:
+    model = playground.damaged(f"damaged-{len(workers.logs)}", "qwen3")
+    told = errors(workers.run(playground.bare("qwen3"), **ours(model=model, verify=True)))
+    assert "ChecksumMismatch: " in told
+    assert "model.safetensors` is damaged between bytes 0 and " in told
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"model": "qwen3", "store": "require"}, "StoreUnreachable: no store answers at"),
+        ({"model": "llama"}, "holds a LlamaForCausalLM, and"),
+        ({"model": "nowhere"}, "CheckpointNotFound: there is no checkpoint `nowhere`"),
+        ({"modle": "qwen3"}, "has no option `modle` (did you mean `model`?)"),
+        ({}, "CheckpointNotFound: no checkpoint in"),
+    ],
+)
+def test_what_cannot_succeed_is_refused_with_the_reason(
+    workers: Workers, playground: Playground, extra: dict[str, Any], words: str
+) -> None:
+    playground.converted("qwen3"), playground.converted("llama")
+    answers = workers.run(playground.bare("qwen3"), **ours(**extra))
+    assert errors(answers).count(words) == len(answers), errors(answers)
+
+
+def test_a_draft_model_gets_its_own_weights(workers: Workers, playground: Playground) -> None:
+    playground.converted("qwen3")
+    draft = playground.source("llama")
+    expected = workers.run(draft)
+    answers = workers.run(playground.bare("qwen3"), **ours(model="qwen3"), draft=str(draft))
+    assert [answer["draft"] for answer in answers] == [answer["tensors"] for answer in expected]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3-int8", "qwen3-awq"])
+def test_a_rank_state_is_written_once_and_gives_the_same_bits(
+    workers: Workers, playground: Playground, name: str
+) -> None:
+    bare = playground.bare(name)
+    expected = workers.run(playground.source(name))
+    path = playground.converted(name)
+    assert workers.run(bare, **ours(model=name, rank_state="auto")) == expected
+    sizes = {file: file.stat().st_mtime_ns for file in path.glob("rank_state/*/*/*.safetensors")}
+    ranks = len(workers.logs)
+    # Tensor parallel with one rank and with two are two states.
+    assert len(sizes) in (1, 2, 3) and len(sizes) >= ranks
+    assert workers.run(bare, **ours(model=name, rank_state="require")) == expected
+    assert workers.run(bare, **ours(model=name, rank_state="auto", verify=True)) == expected
+    assert sizes == {file: file.stat().st_mtime_ns for file in sizes}
+    assert f"{name}/rank_state/" in workers.logs[0].read_text().rpartition("sllm: `")[2]
+    refused = errors(workers.run(bare, **ours(model=name, rank_state="require"), dtype="float32"))
+    assert "fits rank 0: " in refused and "dtype is bfloat16 there and float32 here" in refused
+
+
+def test_a_damaged_rank_state_is_refused(workers: Workers, playground: Playground) -> None:
+    name = f"state-{len(workers.logs)}"
+    playground.variant(name, "opt")
+    workers.run(playground.bare("opt"), **ours(model=name, rank_state="auto"))
+    shards = sorted((playground.storage / name).glob("rank_state/*/rank_*/model.safetensors"))
+    assert len(shards) == len(workers.logs)
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    extra = ours(model=name, rank_state="require", verify=True)
+    told = errors(workers.run(playground.bare("opt"), **extra))
+    assert told.count("ChecksumMismatch") == len(workers.logs)

@@ -1,9 +1,9 @@
 """One rank of a real vLLM without its scheduler: models are built and filled, one after the other.
 
 ``python vllm_worker.py RANK RANKS RENDEZVOUS`` reads jobs from stdin, one JSON
-object a line (arguments of ``EngineArgs``, and ``reload``), and answers each with a line of JSON:
-what the model's tensors are, or the error that the load ended with. vLLM takes 15 s to import and
-100 ms to fill a tiny model: this is how many of them can be tried.
+object a line (arguments of ``EngineArgs``, ``reload`` and ``draft``), and answers each with a line
+of JSON: what the model's tensors are, or the error that the load ended with. vLLM takes 15 s to
+import and 100 ms to fill a tiny model: this is how many of them can be tried.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
     ready = False
     for line in sys.stdin:
         job: dict[str, Any] = json.loads(line)
-        again = job.pop("reload", None)
+        again, draft = job.pop("reload", None), job.pop("draft", None)
         answer: dict[str, Any] = {"rank": rank}
         try:
             config = EngineArgs(
@@ -68,6 +68,13 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
                 initialize_model_parallel(ranks, 1)
                 model = get_model(vllm_config=config)
                 answer["tensors"] = digests(model)
+                if draft is not None:
+                    # As speculative decoding does: the same loader settings, another model.
+                    other = EngineArgs(model=draft, dtype="bfloat16", max_model_len=128)
+                    drafting = get_model(
+                        vllm_config=config, model_config=other.create_model_config()
+                    )
+                    answer["draft"] = digests(drafting)
                 if again is not None:
                     with torch.no_grad():
                         for parameter in model.parameters():

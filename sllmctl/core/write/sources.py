@@ -28,6 +28,9 @@ from sllmctl.core.write.writer import ByteSource
 from sllmctl.errors import CheckpointError, CheckpointNotFound
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+RANK_STATES = "rank_state/"
+"""What engines derive from a checkpoint, and put beside it; another checkpoint has its own."""
+
 OTHER_FORMATS = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
     *("*.onnx", "*.onnx_data", "*.gguf", "*.bin.index.json", "*.h5.index.json"),
@@ -146,7 +149,9 @@ def list_source(
     chosen = set(names)
     others = []
     for name, file in found.items():
-        if name in chosen or name == MANIFEST_NAME or (name in top and name.endswith(INDEX_SUFFIX)):
+        if name in chosen or name == MANIFEST_NAME or name.startswith(RANK_STATES):
+            continue
+        if name in top and name.endswith(INDEX_SUFFIX):
             continue
         if name in top and name.endswith(SUFFIX):
             warnings.append(f"`{name}` is no part of the checkpoint and stays behind")

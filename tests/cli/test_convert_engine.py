@@ -1,0 +1,30 @@
+"""`sllmctl convert --engine`: what is wrong with it is said before anything is converted."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_nothing_is_converted(
+    sllmctl: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = sllmctl("convert", str(tiny_checkpoint), "--output", "out", "--engine", "vllm")
+    assert done.returncode == 1
+    assert "there is no vLLM in this Python" in done.stderr
+    assert "pip install 'sllmctl[vllm]'" in done.stderr
+    assert not list(tmp_path.rglob("out"))
+
+
+@pytest.mark.parametrize(("text", "words"), [("[1]", "not a JSON object"), ("{", "not JSON")])
+def test_arguments_that_are_no_json_object_are_refused(
+    sllmctl: Run, tiny_checkpoint: Path, text: str, words: str
+) -> None:
+    done = sllmctl("convert", str(tiny_checkpoint), "--engine", "vllm", "--engine-args", text)
+    assert done.returncode == 2
+    assert words in done.stderr

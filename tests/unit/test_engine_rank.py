@@ -1,0 +1,226 @@
+"""Rank state: written in one step, found by its fingerprint, refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.write.convert import convert
+from sllmctl.core.write.sources import list_source
+from sllmctl.errors import CheckpointError, ConfigError
+from sllmctl.integrations.engine_rank import (
+    STATE_NAME,
+    RankKey,
+    checkpoint_digest,
+    fill_from_rank_state,
+    find_rank_state,
+    save_rank_state,
+    shapes_of,
+)
+from sllmctl.integrations.engine_source import EngineOptions, EngineWeights
+from tests.conftest import same_bits, write_checkpoint
+
+MADE_BY = {"engine": "vllm", "engine_version": "1.2.3", "tensor_parallel_size": 2}
+
+
+class Tied(nn.Module):
+    """Two names of one parameter, a buffer, an empty parameter."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Linear(8, 4, bias=False)
+        self.head = nn.Linear(8, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.randn(3).to(torch.bfloat16))
+        self.none = nn.Parameter(torch.empty(0, 2))
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> RankKey:
+    return RankKey(tmp_path / "model", 0, MADE_BY)
+
+
+def load(key: RankKey, model: nn.Module) -> None:
+    found = find_rank_state(key)
+    weights = EngineWeights(found, EngineOptions(store="off"))
+    fill_from_rank_state(model, dict(weights.tensors()), where=found.model)
+
+
+def test_a_fresh_model_takes_the_state_bit_by_bit(key: RankKey) -> None:
+    model, fresh = Tied(1), Tied(2)
+    save_rank_state(key, model, shapes_of(model))
+    load(key, fresh)
+    for name, tensor in model.state_dict().items():
+        assert same_bits(fresh.state_dict()[name], tensor), name
+    # Tied tensors are stored once.
+    checkpoint = open_checkpoint(key.path)
+    assert checkpoint.aliases == {"head.weight": "embed.weight"}
+    assert checkpoint.nbytes == 4 * 8 * 4 + 6
+
+
+def test_a_key_is_the_same_whatever_the_order() -> None:
+    turned = dict(reversed(list(MADE_BY.items())))
+    assert RankKey(Path("m"), 0, turned).path == RankKey(Path("m"), 0, MADE_BY).path
+    other = RankKey(Path("m"), 0, {**MADE_BY, "engine_version": "1.2.4"})
+    assert other.path != RankKey(Path("m"), 0, MADE_BY).path
+
+
+def test_without_a_state_the_hint_says_how_to_make_one(key: RankKey) -> None:
+    with pytest.raises(CheckpointError, match="has no rank state") as caught:
+        find_rank_state(key)
+    assert "sllmctl convert --engine" in str(caught.value.hint)
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_difference(key: RankKey) -> None:
+    model = Tied()
+    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(replace(key, made_by={"engine": "another"}), model, shapes_of(model))
+    newer = replace(key, made_by={**MADE_BY, "engine_version": "1.3.0"})
+    with pytest.raises(CheckpointError) as caught:
+        find_rank_state(newer)
+    # Of all that are there, the nearest.
+    assert str(caught.value) == (
+        f"no rank state of `{key.model}` fits rank 0: engine_version is 1.2.3 there and 1.3.0 here"
+    )
+    with pytest.raises(CheckpointError, match="for other ranks only"):
+        find_rank_state(replace(key, rank=1))
+
+
+def test_a_state_under_a_wrong_name_is_refused(key: RankKey) -> None:
+    model = Tied()
+    save_rank_state(key, model, shapes_of(model))
+    other = replace(key, made_by={**MADE_BY, "tensor_parallel_size": 4})
+    other.path.parent.mkdir()
+    key.path.rename(other.path)
+    with pytest.raises(CheckpointError, match="tensor_parallel_size is 2 there and 4 here"):
+        find_rank_state(other)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format_version": 2, "made_by": {}}', '{"made_by": 1}']
+)
+def test_a_damaged_description_is_refused(key: RankKey, content: str) -> None:
+    model = Tied()
+    save_rank_state(key, model, shapes_of(model))
+    (key.path / STATE_NAME).write_text(content)
+    with pytest.raises(CheckpointError, match="damaged rank state") as caught:
+        find_rank_state(key)
+    assert str(key.path) in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda m: setattr(m, "embed", nn.Linear(8, 5, bias=False)), r"\(5, 8\)"),
+        (lambda m: m.to(torch.float16), "float16"),
+        (lambda m: setattr(m, "more", nn.Parameter(torch.ones(1))), "more is None there"),
+        (lambda m: delattr(m, "head"), "head.weight .* None here"),
+    ],
+)
+def test_a_state_of_another_model_is_refused_and_nothing_copied(
+    key: RankKey, change: Callable[[nn.Module], object], word: str
+) -> None:
+    model, other = Tied(1), Tied(2)
+    save_rank_state(key, model, shapes_of(model))
+    change(other)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=word):
+        load(key, other)
+    assert all(same_bits(other.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_that_its_load_changes_is_not_kept(key: RankKey) -> None:
+    model = Tied()
+    before = shapes_of(model)
+    model.embed.weight.data = torch.ones(4, 9)
+    with pytest.raises(CheckpointError, match="changes while it is loaded"):
+        save_rank_state(key, model, before)
+    assert not key.path.exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import tests.unit.test_engine_rank as t
+from sllmctl.core.write.target import Target
+import os, signal
+rank, kill = int(sys.argv[2]), sys.argv[3] == "kill"
+if kill:
+    Target.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+model = t.Tied(rank)
+t.save_rank_state(t.RankKey(Path(sys.argv[1]), rank, t.MADE_BY), model, t.shapes_of(model))
+"""
+
+
+def write_elsewhere(key: RankKey, rank: int, how: str = "whole") -> subprocess.Popen[bytes]:
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(key.model), str(rank), how],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+
+
+def test_ranks_write_at_once_and_a_killed_one_leaves_nothing(key: RankKey) -> None:
+    killed, whole = write_elsewhere(key, 0, "kill"), write_elsewhere(key, 1)
+    assert killed.wait(60) == -signal.SIGKILL
+    assert whole.wait(60) == 0
+    with pytest.raises(CheckpointError, match="for other ranks only"):
+        find_rank_state(key)
+    for rank in range(2):
+        if rank == 0:
+            model = Tied(0)
+            save_rank_state(key, model, shapes_of(model))
+        fresh = Tied(7)
+        load(replace(key, rank=rank), fresh)
+        assert same_bits(fresh.embed.weight.data, Tied(rank).embed.weight.data)
+    assert sorted(path.name for path in key.path.parent.iterdir()) == ["rank_0", "rank_1"]
+
+
+def test_two_that_write_the_same_rank_leave_one_whole(key: RankKey) -> None:
+    from sllmctl.core.write.target import Target
+
+    model = Tied(1)
+    with (
+        Target(key.path, fingerprint="other", force=True),
+        pytest.raises(ConfigError, match="another conversion"),
+    ):
+        save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, shapes_of(model))
+    load(key, Tied(2))
+
+
+def test_a_digest_follows_the_bytes_of_a_converted_checkpoint(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(8.0)}
+    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
+    first = convert(source, tmp_path / "first").path
+    second = convert(source, tmp_path / "second").path
+    write_checkpoint(source, {"model.safetensors": {"a": torch.arange(8.0) + 1}})
+    third = convert(source, tmp_path / "third").path
+    digests = [checkpoint_digest(open_checkpoint(path)) for path in (first, second, third)]
+    assert digests[0] == digests[1] != digests[2]
+    # Without digests the files' own stamps have to do.
+    there = checkpoint_digest(open_checkpoint(source))
+    assert there.startswith("files:")
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert checkpoint_digest(open_checkpoint(source)) != there
+
+
+def test_a_conversion_does_not_take_rank_states_along(key: RankKey) -> None:
+    write_checkpoint(key.model, {"model.safetensors": {"a": torch.ones(3)}})
+    (key.model / "config.json").write_text(json.dumps({}))
+    model = Tied()
+    save_rank_state(key, model, shapes_of(model))
+    assert [file.name for file in list_source(key.model).others] == ["config.json"]
