@@ -217,7 +217,7 @@ class DeviceLoad:
         return [partial(self._fetch, shard) for shard in range(shards)]
 
     def _fetch(self, shard: int, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes of a shard, which tensors fill without a gap.
+        """Bytes of a shard; what its tensors leave free is zero.
 
         What lies side by side in a slab comes in one copy.
 
@@ -225,6 +225,7 @@ class DeviceLoad:
             ChecksumMismatch: A tensor on two devices is not the same on both.
         """
         group: list[_Piece] = []
+        at = start
         for position in self._positions(shard, start):
             entry = self._entries[position]
             if entry.offset >= end:
@@ -243,11 +244,16 @@ class DeviceLoad:
                         f"{self.specs[piece.device]}",
                         hint="a device or its link is faulty: see `sllmctl doctor`",
                     )
-            if group and piece[:2] != group[0][:2]:
+            if group and (piece[:2] != group[0][:2] or first > at):
                 yield from self._copy_together(group)
                 group = []
+            if first > at:
+                yield memoryview(bytes(first - at))
+            at = last
             group.append(piece)
         yield from self._copy_together(group)
+        if end > at:
+            yield memoryview(bytes(end - at))
 
     def _piece(self, target: _Target, offset: int, nbytes: int) -> _Piece:
         slab, start = self._slabs[target.device].places[target.number]

@@ -22,10 +22,14 @@ def saved(tmp_path: Path) -> Path:
 def test_every_stride_and_tie_comes_to_the_device(saved: Path) -> None:
     loaded = api.load(saved, "npu:0", store="off")
     want = golden_tensors()
+    turned = loaded.tensors.pop("transposed")
+    assert turned.stride() == want["transposed"].stride()
+    # No operator that gathers runs here: its memory, as it lies, comes back in one copy.
+    want["transposed"] = want["transposed"].t()
+    loaded.tensors["transposed"] = turned.t()
     assert {str(tensor.device) for tensor in loaded.tensors.values()} == {"npu:0"}
     assert not [name for name in want if not same_bits(loaded.tensors[name].cpu(), want[name])]
     assert loaded.tensors["head"] is loaded.tensors["embed"]
-    assert loaded.tensors["transposed"].stride() == want["transposed"].stride()
     stats = loaded.stats
     assert stats.disk_bytes + stats.page_cache_bytes == stats.bytes
 
