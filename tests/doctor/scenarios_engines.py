@@ -6,6 +6,7 @@ from sllmctl.doctor.checks.deep import COPY, COUNT, IMPORT, PIN
 from sllmctl.doctor.checks.vllm import PATCHED
 from sllmctl.doctor.machine import Options
 from tests.doctor.scenario import scenario
+from tests.doctor.smi_output import cards, render
 from tests.doctor.tree import (
     SITE,
     A,
@@ -237,3 +238,13 @@ def no_tag(t: Tree) -> None:
 @scenario("sgl-kernel-npu at a tag", base=with_sglang, options=KERNELS)
 def tagged(t: Tree) -> None:
     _clone(t, TAGGED)
+
+
+@scenario(
+    "310P cards under SGLang",
+    {"DRV011": "fail", "CANN005": "fail"},
+    base=with_sglang,
+    says="SGLang",
+)
+def sglang_310p(t: Tree) -> None:
+    t.command("npu-smi info", render("25.2.0", cards(name="310P3")))

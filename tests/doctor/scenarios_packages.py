@@ -255,3 +255,13 @@ def numpy_of_91(t: Tree) -> None:
 @scenario("opencv on aarch64", {"PY014": "info"})
 def late_opencv(t: Tree) -> None:
     t.dist("opencv_python_headless", "4.11.0.86")
+
+
+def on_x86(t: Tree) -> None:
+    t.arch = "x86_64"
+    good(t)
+
+
+@scenario("a mirror of pip on x86_64", {"PY015": "info"}, base=on_x86, says="CPU build")
+def mirror_x86(t: Tree) -> None:
+    t.env["PIP_INDEX_URL"] = "https://mirror.example/simple"
