@@ -22,12 +22,13 @@ from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import require_cpu
 from sllmctl.errors import ConfigError
 from sllmctl.integrations.hf_build import build_model, make_skeleton, parse_dtype
+from sllmctl.integrations.hf_lora import load_lora, save_lora
 from sllmctl.integrations.hf_save import save_model
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_lora", "load_model", "save_lora", "save_model"]
 
 T = TypeVar("T")
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")

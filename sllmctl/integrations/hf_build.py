@@ -270,9 +270,9 @@ def _problems(info: Mapping[str, Any]) -> list[str]:
             else shown(item)
             for item in sorted(mismatched)
         ]
-        problems.append(f"of another shape: {_listed(texts)}")
+        problems.append(f"of another shape: {listed(texts)}")
     if messages := info.get("error_msgs"):
-        problems.append(_listed(list(messages)))
+        problems.append(listed(list(messages)))
     return problems
 
 
@@ -317,10 +317,11 @@ def _require_scales(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _names(names: Iterable[str]) -> str:
-    return _listed([shown(name) for name in sorted(names)])
+    return listed([shown(name) for name in sorted(names)])
 
 
-def _listed(texts: list[str]) -> str:
+def listed(texts: list[str]) -> str:
+    """Join the first few, and count the rest."""
     more = len(texts) - _SHOWN_NAMES
     return ", ".join(texts[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
