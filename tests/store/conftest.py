@@ -21,16 +21,30 @@ DEADLINE_S = 60.0
 
 
 class RunningStore:
-    """`sllmctl serve`, its socket, and what it holds."""
+    """`sllmctl serve`, its socket, and what it holds.
+
+    Args:
+        directory: For socket and models.
+        arguments: Further ones of the command.
+        pool: Size of the pool.
+        verbose: Log more.
+        before: Python to run in the process before the command.
+    """
 
     def __init__(
-        self, directory: Path, *arguments: str, pool: str = "64MiB", verbose: bool = False
+        self,
+        directory: Path,
+        *arguments: str,
+        pool: str = "64MiB",
+        verbose: bool = False,
+        before: str = "",
     ) -> None:
         self.socket = directory / "store.sock"
         self.storage = directory / "models"
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "sllmctl", *(["-v"] if verbose else [])),
+                *(sys.executable, "-c", f"{before}\nfrom sllmctl.cli import main; main()"),
+                *(["-v"] if verbose else []),
                 *("serve", "--mem-pool-size", pool),
                 *("--socket", str(self.socket), "--storage-path", str(self.storage)),
                 *("--segment-size", "2MiB", *arguments),
@@ -82,8 +96,8 @@ def start_store(tmp_path: Path) -> Iterator[Callable[..., RunningStore]]:
     """Start a store with a pool of 64 MiB in segments of 2 MiB, unless said otherwise."""
     stores: list[RunningStore] = []
 
-    def start(*arguments: str, pool: str = "64MiB", verbose: bool = False) -> RunningStore:
-        stores.append(RunningStore(tmp_path, *arguments, pool=pool, verbose=verbose))
+    def start(*arguments: str, directory: Path = tmp_path, **options: Any) -> RunningStore:
+        stores.append(RunningStore(directory, *arguments, **options))
         return stores[-1]
 
     yield start
