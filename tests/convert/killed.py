@@ -3,7 +3,7 @@
 A step is a system call that changes something on disk. `python -m tests.convert.killed` reads
 `[N, SOURCE, TARGET, OPTION...]` in JSON, a line each, and answers with the exit status of a
 conversion in a forked child, negative for a signal. Options: `force`, `two-renames`,
-`sllm-store`.
+`sllm-store`, `ranks`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from sllmctl.core.write import target as target_module
 from sllmctl.core.write.convert import convert
+from sllmctl.core.write.sllm_store_ranks import convert_ranks
 
 _AUDITED = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -51,7 +52,8 @@ def convert_until(at: int, source: str, target: str, *options: str) -> None:
         exchange, rename_new = counted(exchange), counted(rename_new)
     target_module.exchange, target_module.rename_new = exchange, rename_new
     sys.addaudithook(lambda event, _: step() if event in _AUDITED else None)
-    convert(
+    run = convert_ranks if "ranks" in options else convert
+    run(
         Path(source),
         Path(target),
         max_shard_bytes=10_000,

@@ -294,6 +294,28 @@ def test_killed_at_every_step_it_leaves_nothing_or_all(
     assert False in seen
 
 
+def test_ranks_killed_at_any_step_are_not_there_or_all_are(
+    ranks: Path,
+    target: Path,
+    run_killed: RunKilled,  # noqa: F811
+) -> None:
+    at = 1
+    seen = set()
+    while run_killed(at, ranks, target, "ranks"):
+        seen.add(target.exists())
+        assert not target.exists() or verify(target / "rank_1").ok
+        api.run_conversion(ranks, target, max_shard_bytes=10_000)
+        for rank in range(2):
+            assert verify(target / f"rank_{rank}").ok
+        assert {path.name for path in target.parent.iterdir()} <= {
+            *(target.name, f".{target.name}.partial.lock"),
+        }
+        shutil.rmtree(target.parent)
+        at += 7
+    assert at > 50
+    assert False in seen
+
+
 def test_an_old_directory_is_replaced_with_force_alone(model: Path, tmp_path: Path) -> None:
     target = write_sllm_store(tmp_path / "out", golden_tensors())
     with pytest.raises(ConfigError, match="there already"):
