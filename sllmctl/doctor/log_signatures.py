@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sllmctl.doctor.tables import Signature, Tables
+from sllmctl.doctor.tables import Tables
 from sllmctl.doctor.text import Text, say
 
 LINE_CHARS = 2000
@@ -48,7 +49,7 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
     Where nothing is known but torch_npu's `ERR99999` stands (it follows every exception and says
     nothing), the exception before it is returned, as signature "".
     """
-    known = [(s, _words(s.pattern), _compile(s)) for s in tables.signatures]
+    known = [(s, *_prepared(s.pattern)) for s in tables.signatures]
     found: dict[str, Match] = {}
     before: tuple[int, str] | None = None
     unknown: tuple[int, str] | None = None
@@ -95,10 +96,11 @@ def _add(
         found[id] = Match(id, number, line.strip(), 1, cause, checks)
 
 
-def _compile(signature: Signature) -> re.Pattern[str]:
-    return re.compile(
-        _NUMBER.sub(lambda match: "(?i:" + _CODE.format(match[1]) + ")", signature.pattern)
-    )
+@functools.cache
+def _prepared(pattern: str) -> tuple[list[str], re.Pattern[str]]:
+    """What a line must hold for a pattern, and the pattern itself."""
+    whole = _NUMBER.sub(lambda match: "(?i:" + _CODE.format(match[1]) + ")", pattern)
+    return _words(pattern), re.compile(whole)
 
 
 def _words(pattern: str) -> list[str]:
