@@ -76,6 +76,13 @@ def settled(store: RunningStore) -> dict[str, object]:
     return status
 
 
+def anonymous_bytes(store: RunningStore) -> int:
+    """Memory of the store's own, the pool left out."""
+    text = Path(f"/proc/{store.process.pid}/status").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
 def kill_clients(directory: Path, count: int, seed: int = 1) -> str:
     """Kill -9 clients at random instants."""
     store = RunningStore(directory, pool=f"{4 * MODEL_MIB}MiB")
@@ -123,7 +130,7 @@ def churn(directory: Path, seconds: float, clients: int = 64) -> str:
     store = RunningStore(directory, pool=f"{3 * (MODEL_MIB + 4)}MiB")
     models = make_models(store.storage, 8)
     settled(store)
-    before = store.open_descriptors()
+    before, before_bytes = store.open_descriptors(), anonymous_bytes(store)
     running = [start_client(store, models) for _ in range(clients)]
     outputs = []
     try:
@@ -132,7 +139,7 @@ def churn(directory: Path, seconds: float, clients: int = 64) -> str:
             client.send_signal(signal.SIGKILL)
         outputs = [check_lines(client.communicate()[0]) for client in running]
         settled(store)
-        after = store.open_descriptors()
+        after, after_bytes = store.open_descriptors(), anonymous_bytes(store)
     finally:
         for client in running:
             client.kill()
@@ -140,7 +147,8 @@ def churn(directory: Path, seconds: float, clients: int = 64) -> str:
     assert min(outputs) > 0, "a client never got a load through"
     return (
         f"{clients} clients, {sum(outputs)} loads in {seconds:.0f} s, "
-        f"{min(outputs)} to {max(outputs)} each; descriptors {before} before, {after} after"
+        f"{min(outputs)} to {max(outputs)} each; descriptors {before} before, {after} after; "
+        f"{before_bytes / 1e6:.1f} MB of the store's own before, {after_bytes / 1e6:.1f} MB after"
     )
 
 
