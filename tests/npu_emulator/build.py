@@ -73,20 +73,30 @@ def _link(target: Path, sources: Iterable[Path], *flags: str) -> None:
         raise RuntimeError(f"{target.name}:\n{done.stderr}")
 
 
-def build(folder: Path, *, cann: str = "9.0", flags: Sequence[str] = ("-O2",)) -> Path:
+def build(
+    folder: Path,
+    *,
+    cann: str = "9.0",
+    flags: Sequence[str] = ("-O2",),
+    name: str = "libascendcl.so",
+    more: Sequence[Path] = (),
+) -> Path:
     """Compile ``libascendcl.so`` for programs that find it at run time.
 
     Args:
         folder: Where to put it; made if it is not there.
         cann: Which release's names there are.
         flags: For the compiler: optimisation, sanitizers.
+        name: Another name for it.
+        more: Sources to link with it.
 
     Returns:
         The library.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "libascendcl.so"
-    _link(target, SOURCES, *WARNINGS, f"-DEMU_CANN={CANN[cann]}", *flags)
+    target = folder / name
+    defined = f"-DEMU_CANN={CANN[cann]}"
+    _link(target, [*SOURCES, *more], *WARNINGS, defined, f"-I{HERE}", *flags)
     return target
 
 

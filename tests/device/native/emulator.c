@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,6 +22,24 @@ static int (*has_failed)(void);
 static void (*hold)(int);
 static int (*thread_device)(void);
 
+const char *backend(void)
+{
+    const char *name = getenv("EMULATED_BACKEND");
+    return name == NULL ? "npu" : name;
+}
+
+bool is_cuda(void)
+{
+    return strcmp(backend(), "cuda") == 0;
+}
+
+const char *device_name(int ordinal)
+{
+    static char name[32];
+    (void)snprintf(name, sizeof name, "%s:%d", backend(), ordinal);
+    return name;
+}
+
 static void look_up(void *library, const char *name, void *slot)
 {
     void *address = dlsym(library, name);
@@ -30,7 +49,7 @@ static void look_up(void *library, const char *name, void *slot)
 
 static void load_library(void)
 {
-    void *library = dlopen("libascendcl.so", RTLD_NOW | RTLD_LOCAL);
+    void *library = dlopen(is_cuda() ? "libcudart.so.13" : "libascendcl.so", RTLD_NOW | RTLD_LOCAL);
     CHECK(library != NULL);
     look_up(library, "aclrtMalloc", &acl_malloc);
     look_up(library, "aclrtFree", &acl_free);
@@ -133,21 +152,22 @@ static void alloc_there(void *argument)
     CHECK(acl_malloc(&allocation->memory, allocation->bytes, MALLOC_HUGE_FIRST) == 0);
 }
 
-static void *npu_alloc(int32_t device, uint64_t bytes)
+static void *device_alloc(int32_t device, uint64_t bytes)
 {
     struct allocation allocation = {.device = device, .bytes = bytes};
     on_a_thread(alloc_there, &allocation);
     return allocation.memory;
 }
 
-static void npu_free(void *memory)
+static void device_free(void *memory)
 {
     CHECK(acl_free(memory) == 0);
 }
 
-static unsigned char *npu_look(const void *address)
+static unsigned char *device_look(const void *address)
 {
     return (unsigned char *)(uintptr_t)peek(address);
 }
 
-const load_memory emulator_memory = {.alloc = npu_alloc, .free = npu_free, .look = npu_look};
+const load_memory emulator_memory = {
+    .alloc = device_alloc, .free = device_free, .look = device_look};

@@ -1,4 +1,7 @@
-/* The emulated Ascend runtime, as the tests see it: counters, failures, devices' memory. */
+/* The emulated runtime, as the tests see it: counters, failures, devices' memory.
+ *
+ * EMULATED_BACKEND says which backend is tested: "npu", or "cuda" on the same emulator under other
+ * names. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
@@ -8,10 +11,14 @@
 #include "acl_abi.h"
 #include "loads.h"
 
-/* Memory of NPUs, made and seen without a device set on the calling thread. */
+const char *backend(void); /* "npu" or "cuda" */
+bool is_cuda(void);
+const char *device_name(int ordinal); /* such as "npu:0"; until the next call */
+
+/* Memory of devices, made and seen without a device set on the calling thread. */
 extern const load_memory emulator_memory;
 
-/* The same library as the backend's; nothing of it is started. */
+/* Some functions of the library that the backend uses too; nothing of it is started. */
 const sllmi_acl *emulator(void);
 
 uint64_t emulator_stat(const char *name);

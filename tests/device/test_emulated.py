@@ -1,4 +1,4 @@
-"""The C library on the emulated Ascend runtime, under the rules of several releases."""
+"""The C library on emulated runtimes: CANN under the rules of several releases, and CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.device.emulators import SANITIZED, ascend
+from tests.device.emulators import SANITIZED, ascend, cuda
 from tests.native.build import run_program
 
 PROGRAMS = Path(__file__).parent / "native"
@@ -31,15 +31,22 @@ PROFILES = {
 }
 
 
+CUDA = "cuda"
+
+
 def check(program: str, mode: str, profile: str, directory: Path) -> None:
-    release, environment = PROFILES[profile]
-    folder = ascend(mode, release)
+    if profile == CUDA:
+        environment = {"EMULATED_BACKEND": "cuda", "ACLEMU_CHECK_SRC": "1", "ACLEMU_DELAY_US": "50"}
+        folder = cuda(mode)
+    else:
+        release, rules = PROFILES[profile]
+        environment = {"ACLEMU_STRICT_INIT": "1", **rules}
+        folder = ascend(mode, release)
     run_program(
         PROGRAMS / f"{program}.c",
         mode,
         directory,
         {
-            "ACLEMU_STRICT_INIT": "1",
             "LD_LIBRARY_PATH": str(folder),
             **(SANITIZED if mode != "plain" else {}),
             **environment,
@@ -47,17 +54,17 @@ def check(program: str, mode: str, profile: str, directory: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", [*PROFILES, CUDA])
 def test_loads_and_gathers_are_right(profile: str, tmp_path: Path) -> None:
-    check("test_npu", "plain", profile, tmp_path)
+    check("test_accelerators", "plain", profile, tmp_path)
 
 
-@pytest.mark.parametrize("profile", ["newest", "cann_8.0"])
+@pytest.mark.parametrize("profile", ["newest", "cann_8.0", CUDA])
 def test_every_failure_is_explained_and_leaves_nothing(profile: str, tmp_path: Path) -> None:
-    check("test_npu_faults", "plain", profile, tmp_path)
+    check("test_accelerator_faults", "plain", profile, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
-@pytest.mark.parametrize("program", ["test_npu", "test_npu_faults"])
+@pytest.mark.parametrize("program", ["test_accelerators", "test_accelerator_faults"])
 def test_sanitizers_find_nothing(program: str, mode: str, tmp_path: Path) -> None:
     check(program, mode, "delayed", tmp_path)
