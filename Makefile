@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ready
 C_FILES := $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch] tests/npu_emulator/*.[ch] tests/device/*/*.[ch])
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu lint format docs fuzz torture check-deploy bench clean
+.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu check-acl-header measure-device lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
@@ -72,6 +72,12 @@ $(NPU_STAMP): $(STAMP) $(wildcard tests/npu_emulator/*) tests/device/torch_npu/e
 
 test-npu: $(NPU_STAMP) ## load onto emulated NPUs, with the real torch_npu
 	$(BIN)/python -m tests.device.torch_npu.environment run
+
+check-acl-header: ## compare our AscendCL declarations with CANN's: ACL_INCLUDE=/usr/local/Ascend/ascend-toolkit/latest/include
+	@$(BIN)/python -m tests.device.acl_header $(or $(ACL_INCLUDE),$(error set ACL_INCLUDE to the folder that holds acl/acl.h))
+
+measure-device: ## figures of a machine with an NPU or a GPU, ready to paste: DEVICE=npu:0 SIZE=4GiB
+	@$(BIN)/python -m tests.device.hardware --device $(or $(DEVICE),npu:0) --size $(or $(SIZE),4GiB)
 
 lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .

@@ -18,6 +18,11 @@ aclError aclInit(const char *config_path);
 aclError aclrtGetDeviceCount(uint32_t *count_out);
 aclError aclrtSetDevice(int32_t device);
 aclError aclrtGetDevice(int32_t *device_out);
+aclError aclrtMalloc(void **memory_out, size_t bytes, uint32_t policy);
+aclError aclrtFree(void *memory);
+aclError aclrtMemcpy(void *target, size_t target_bytes, const void *source, size_t bytes,
+                     uint32_t kind);
+aclError aclrtSynchronizeStream(void *stream);
 aclError aclrtMallocHost(void **memory_out, size_t bytes);
 aclError aclrtFreeHost(void *memory);
 aclError aclrtCreateStream(void **stream_out);
@@ -166,4 +171,39 @@ int cudaMemcpyAsync(void *target, const void *source, size_t bytes, int kind, vo
 {
     EMU_ENTER("(%p, %p, %zu, %d, %p)", target, source, bytes, kind, stream);
     return in_cuda(aclrtMemcpyAsync(target, bytes, source, bytes, (uint32_t)kind, stream));
+}
+
+/* ---- what only the figures of a machine want ----------------------------------------------- */
+
+EMU_API int cudaRuntimeGetVersion(int *version_out)
+{
+    *version_out = 13000;
+    return SLLMI_CUDA_SUCCESS;
+}
+
+EMU_API int cudaMalloc(void **memory_out, size_t bytes)
+{
+    be_somewhere();
+    return in_cuda(aclrtMalloc(memory_out, bytes, 0));
+}
+
+EMU_API int cudaFree(void *memory)
+{
+    return in_cuda(aclrtFree(memory));
+}
+
+EMU_API int cudaMemcpy(void *target, const void *source, size_t bytes, int kind)
+{
+    be_somewhere();
+    return in_cuda(aclrtMemcpy(target, bytes, source, bytes, (uint32_t)kind));
+}
+
+EMU_API int cudaStreamCreate(void **stream_out)
+{
+    return cudaStreamCreateWithFlags(stream_out, 0);
+}
+
+EMU_API int cudaStreamSynchronize(void *stream)
+{
+    return in_cuda(aclrtSynchronizeStream(stream));
 }
