@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from sllmctl.api import load_tensors as load_tensors
     from sllmctl.api import save_tensors as save_tensors
     from sllmctl.api import stream_tensors as stream_tensors
+    from sllmctl.store.manage import evict as evict
+    from sllmctl.store.manage import status as status
+    from sllmctl.store.manage import warm as warm
 
-_PUBLIC = ("convert", "load_tensors", "save_tensors", "stream_tensors")
+_API = dict.fromkeys(("convert", "load_tensors", "save_tensors", "stream_tensors"), "sllmctl.api")
+_PUBLIC = _API | dict.fromkeys(("evict", "status", "warm"), "sllmctl.store.manage")
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module("sllmctl.api"), name)
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'sllmctl' has no attribute '{name}'")
 
 

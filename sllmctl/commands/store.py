@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -11,11 +11,10 @@ import typer
 from sllmctl.commands.options import AsJson, Quiet, Socket
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size
-from sllmctl.errors import ConfigError, SllmError, StoreError, StoreUnreachable
+from sllmctl.errors import ConfigError, SllmError, StoreUnreachable
 
 _BAR_CELLS = 40
 _WATCH_EVERY_S = 1.0
-_WARM_FIELDS = ("bytes", "warm_bytes", "read_bytes", "elapsed_s")
 
 
 def status(
@@ -32,25 +31,23 @@ def status(
 
       sllmctl status --json
     """
-    from sllmctl.store.client import StoreClient
+    from sllmctl.store.manage import status as ask
 
     console = Console.choose(as_json=as_json, quiet=quiet)
     before: dict[str, Any] | None = None
-    with StoreClient(socket) as client:
-        while True:
-            answer = client.ask({"op": "status"})
-            answer.pop("event")
-            if watch:
-                console.clear()
-            console.result(
-                answer,
-                quiet=answer["pool"]["used_bytes"],
-                human=_status_lines(console, answer, before),
-            )
-            if not watch:
-                return
-            before = answer
-            time.sleep(_WATCH_EVERY_S)
+    while True:
+        answer = ask(socket=socket)
+        if watch:
+            console.clear()
+        console.result(
+            answer,
+            quiet=answer["pool"]["used_bytes"],
+            human=_status_lines(console, answer, before),
+        )
+        if not watch:
+            return
+        before = answer
+        time.sleep(_WATCH_EVERY_S)
 
 
 def warm(
@@ -70,17 +67,22 @@ def warm(
 
       sllmctl warm Qwen/Qwen3-8B --pin
     """
+    from sllmctl.store import manage
+
     console = Console.choose(as_json=as_json, quiet=quiet)
     rows: list[dict[str, Any]] = []
     failures: list[SllmError] = []
     for name in models:
         try:
-            rows.append(_warm_one(console, name, pin, socket))
+            with console.progress() as progress:
+                done = manage.warm(name, pin=pin, socket=socket, progress=progress)
+            rows.append({"name": name, **asdict(done), "problem": None})
         except SllmError as exc:
             if len(models) == 1 or isinstance(exc, StoreUnreachable):
                 raise
             failures.append(exc)
-            rows.append({"name": name, "problem": str(exc)} | dict.fromkeys(_WARM_FIELDS, 0))
+            nothing = asdict(manage.Warmed(0, 0, 0, 0, 0.0))
+            rows.append({"name": name, **nothing, "problem": str(exc)})
     console.result(
         {"schema": "sllmctl.warm/1", "models": rows},
         quiet="\n".join(str(row["warm_bytes"]) for row in rows),
@@ -94,37 +96,16 @@ def warm(
 
 def _warm_line(row: dict[str, Any]) -> str:
     rest = row["bytes"] - row["warm_bytes"]
+    read = f"{format_size(row['read_bytes'])} read in {format_seconds(row['elapsed_s'])}"
+    if row["read_bytes"]:
+        read += f" - {format_rate(row['read_bytes'], row['elapsed_s'])}"
+    if row["cache_bytes"]:
+        read += f", {format_size(row['cache_bytes'])} of it from the page cache"
     return (
         f"{row['name']}: {format_size(row['warm_bytes'])} warm"
         + (f", {format_size(rest)} found no room" if rest else "")
-        + f", {format_size(row['read_bytes'])} read in {format_seconds(row['elapsed_s'])}"
-        + (f" - {format_rate(row['read_bytes'], row['elapsed_s'])}" * bool(row["read_bytes"]))
+        + f", {read}"
     )
-
-
-def _warm_one(console: Console, name: str, pin: bool, socket: Path | None) -> dict[str, Any]:
-    from sllmctl.store.client import StoreClient
-
-    started = time.perf_counter()
-    with StoreClient(socket) as client, console.progress() as progress:
-        attached = client.ask({"op": "warm", "name": name, "pin": pin})
-        before: int = attached["warm_bytes"]
-        while True:
-            message, _ = client.receive()
-            if message["event"] == "settled":
-                break
-            if progress is not None:
-                progress("read", message["warm_bytes"], attached["bytes"])
-        if message["reason"]:
-            raise StoreError(f"`{name}` could not be read: {message['reason']}")
-    return {
-        "name": name,
-        "bytes": attached["bytes"],
-        "warm_bytes": message["warm_bytes"],
-        "read_bytes": message["warm_bytes"] - before,
-        "elapsed_s": time.perf_counter() - started,
-        "problem": None,
-    }
 
 
 def evict(
@@ -144,18 +125,17 @@ def evict(
 
       sllmctl evict --all
     """
-    from sllmctl.store.client import StoreClient
+    from sllmctl.store import manage
 
     console = Console.choose(as_json=as_json, quiet=quiet)
     if bool(models) == everything:
         raise ConfigError("say which models to evict", hint="name them, or give --all")
     freed, kept = 0, []
     names: list[str | None] = [*(models or ())] or [None]
-    with StoreClient(socket) as client:
-        for name in names:
-            answer = client.ask({"op": "evict", "name": name})
-            freed += answer["bytes"]
-            kept += answer["kept"]
+    for name in names:
+        done = manage.evict(name, socket=socket)
+        freed += done.bytes
+        kept += done.kept
     for line in kept:
         console.warn(line)
     console.result(
