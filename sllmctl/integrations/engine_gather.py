@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from sllmctl.core.rings import CHUNK_BYTES, borrow_ring, open_device, release_st
 from sllmctl.native import Gather
 
 _SLOTS = 4
+_LEAST_ROW_BYTES = 256
 _LEGACY_STREAM = 1
 """CUDA's name for the default stream, whose handle is 0. Source: cudaStreamLegacy."""
 
@@ -53,14 +54,13 @@ class DeviceCopies:
     """Takes over copies from host memory to NPUs and CUDA devices, on torch's current stream.
 
     No address of a mapped file or of the store's memory ever reaches a device's runtime: pages
-    that are not pinned are slow to copy from, and may hang. All calls come from one thread, the one
-    that has the device as its current one. Use it with ``with``: the end waits for the copies.
+    that are not pinned are slow to copy from, and may hang. All calls come from one thread. Use it
+    with ``with``: the end waits for the copies.
     """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._gathers: dict[torch.device, Gather] = {}
-        self._specs: list[DeviceSpec] = []
+        self._gathers: dict[DeviceSpec, Gather] = {}
         self.bytes = 0
 
     @staticmethod
@@ -92,22 +92,31 @@ class DeviceCopies:
             source = source.to(target.dtype)
         source = source.resolve_conj().resolve_neg()
         if not target.is_contiguous():
-            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-            self.copy(whole, source)
-            target.detach().copy_(whole)
+            if target[0].numel() * target.element_size() >= _LEAST_ROW_BYTES:
+                for part, row in zip(target, source, strict=True):
+                    self.copy(part, row)
+            else:
+                # Many short runs: at once to the device, and apart there.
+                whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+                self.copy(whole, source)
+                target.detach().copy_(whole)
             return
         rows = Rows.of(source)
         if rows is None:
             source = source.contiguous()
             rows = Rows.of(source)
             assert rows is not None
-        self._gather(target.device).copy(
-            target.data_ptr(),
-            rows.address,
-            rows=rows.rows,
-            row_bytes=rows.row_bytes,
-            source_stride_bytes=rows.stride_bytes,
-        )
+        spec = DeviceSpec(target.device.type, target.device.index or 0)
+        if spec not in self._gathers:
+            self._gathers[spec] = self._stack.enter_context(_gathering(spec))
+        with _current(spec):
+            self._gathers[spec].copy(
+                target.data_ptr(),
+                rows.address,
+                rows=rows.rows,
+                row_bytes=rows.row_bytes,
+                source_stride_bytes=rows.stride_bytes,
+            )
         self.bytes += target.numel() * target.element_size()
 
     def moved(
@@ -127,21 +136,6 @@ class DeviceCopies:
         self.copy(target, source)
         return target
 
-    def _gather(self, device: torch.device) -> Gather:
-        if device not in self._gathers:
-            spec = DeviceSpec(device.type, device.index or 0)
-            stream = getattr(
-                torch_runtime(spec).current_stream(spec.ordinal), f"{spec.kind}_stream"
-            )
-            # In this order: the gather ends before its ring goes back, and that before it is freed.
-            self._stack.callback(release_staging, [spec])
-            ring = self._stack.enter_context(
-                borrow_ring(spec, chunk_bytes=CHUNK_BYTES, chunks=_SLOTS, readers=_SLOTS)
-            )
-            gather = Gather(open_device(spec), ring, stream=int(stream) or _LEGACY_STREAM)
-            self._gathers[device] = self._stack.enter_context(gather)
-        return self._gathers[device]
-
     def __enter__(self) -> DeviceCopies:
         return self
 
@@ -149,5 +143,29 @@ class DeviceCopies:
         with self._stack:
             gathers, self._gathers = self._gathers, {}
             if kind is None:
-                for gather in gathers.values():
-                    gather.synchronize()
+                for spec, gather in gathers.items():
+                    with _current(spec):
+                        gather.synchronize()
+
+
+def _current(spec: DeviceSpec) -> AbstractContextManager[object]:
+    """Make a device the thread's current one, as a gather wants it."""
+    context: AbstractContextManager[object] = torch_runtime(spec).device(spec.ordinal)
+    return context
+
+
+@contextmanager
+def _gathering(spec: DeviceSpec) -> Iterator[Gather]:
+    """A gather on torch's current stream of a device; its pinned memory is given back."""
+    try:
+        with borrow_ring(spec, chunk_bytes=CHUNK_BYTES, chunks=_SLOTS, readers=_SLOTS) as ring:
+            with _current(spec):
+                stream = getattr(torch_runtime(spec).current_stream(), f"{spec.kind}_stream")
+                gather = Gather(open_device(spec), ring, stream=int(stream) or _LEGACY_STREAM)
+            try:
+                yield gather
+            finally:
+                with _current(spec):
+                    gather.close()
+    finally:
+        release_staging([spec])
