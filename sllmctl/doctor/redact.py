@@ -16,7 +16,7 @@ SECRET_NAME = re.compile(
 )
 _SECRETS: list[tuple[re.Pattern[str], str]] = [
     # A URL's user and password; all up to the last @, since passwords hold what they like.
-    (re.compile(r"://[^\s,;'\"<>]*@"), "://***@"),
+    (re.compile(r"://[^\s,;'\"<>]{0,1024}@"), "://***@"),
     (re.compile(r"(?<![\w/@.])[\w.%+-]{1,64}:[^\s@/,;]{1,128}@(?=[\w.-]+)"), "***@"),
     (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|npm_|pypi-|xox[abprs]-)[\w-]{6,}"), "***"),
     (re.compile(r"\b(?:sk|ms|dop_v1|rk|pk)-[A-Za-z0-9_-]{8,}"), "***"),
@@ -25,8 +25,8 @@ _SECRETS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE), r"\1 ***"),
     (
         re.compile(
-            r"\b([\w-]*(?:token|secret|passw|pwd|api[_-]?key|access[_-]?key|private[_-]?key"
-            r"|credential|cookie|authorization)[\w-]*['\"]?\s*[=:]\s*)"
+            r"((?:token|secret|passw|pwd|api[_-]?key|access[_-]?key|private[_-]?key"
+            r"|credential|cookie|authorization)[\w-]{0,64}['\"]?\s{0,8}[=:]\s{0,8})"
             r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s&;,'\"]+)",
             re.IGNORECASE,
         ),
@@ -40,7 +40,7 @@ _DEVICE_IDS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}(?![\w:])"), "<id>"),
 ]
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f.]*(?![\w:])")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{0,45}:[0-9A-Fa-f:.]{0,45}:[0-9A-Fa-f.]{0,45}(?![\w:])")
 
 
 def hide_secrets(text: str) -> str:
