@@ -3,7 +3,7 @@
 ```python
 import sllmctl
 
-tensors = sllmctl.load_tensors("Qwen/Qwen3-8B")            # {name: torch.Tensor}
+tensors = sllmctl.load_tensors("Qwen/Qwen3-8B", "npu:0")   # {name: torch.Tensor}
 for name, tensor in sllmctl.stream_tensors("Qwen/Qwen3-8B"): ...
 path = sllmctl.convert("Qwen/Qwen3-8B")                    # download, convert, verify
 ```
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from sllmctl.api import load_tensors as load_tensors
     from sllmctl.api import save_tensors as save_tensors
     from sllmctl.api import stream_tensors as stream_tensors
+    from sllmctl.core.rings import release_staging as release_staging
     from sllmctl.store.manage import evict as evict
     from sllmctl.store.manage import status as status
     from sllmctl.store.manage import warm as warm
 
 _API = dict.fromkeys(("convert", "load_tensors", "save_tensors", "stream_tensors"), "sllmctl.api")
-_PUBLIC = _API | dict.fromkeys(("evict", "status", "warm"), "sllmctl.store.manage")
+_STORE = dict.fromkeys(("evict", "status", "warm"), "sllmctl.store.manage")
+_PUBLIC = _API | _STORE | {"release_staging": "sllmctl.core.rings"}
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sllmctl.core.devices import DeviceSpec
@@ -72,10 +72,11 @@ def borrow_ring(spec: DeviceSpec, *, chunk_bytes: int, chunks: int, readers: int
             surplus.close()
 
 
-def release_staging(specs: Sequence[DeviceSpec] | None = None) -> None:
-    """Give staging memory back that no load uses, of some devices or of all."""
+def release_staging() -> None:
+    """Give back the pinned memory that this process keeps for its next load onto a device."""
     with _lock:
-        rings = [_idle.pop(spec) for spec in specs or list(_idle) if spec in _idle]
+        rings = list(_idle.values())
+        _idle.clear()
     for ring in rings:
         ring.close()
 

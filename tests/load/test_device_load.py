@@ -109,7 +109,7 @@ class TestRings:
         assert list(rings._idle.values()) == [kept]
         load_staged(tiny_checkpoint, LoadOptions(chunk_bytes=2**20))  # needs larger slots
         assert list(rings._idle.values()) != [kept]
-        rings.release_staging([CPU])
+        rings.release_staging()
         assert not rings._idle
 
     def test_loads_at_the_same_time_have_one_each(self, tiny_checkpoint: Path) -> None:
