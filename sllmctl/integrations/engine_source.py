@@ -288,11 +288,14 @@ def _read_ahead(shards: tuple[Shard, ...], rank: int, ranks: int) -> None:
 
 def describe(stats: LoadStats) -> str:
     """Say in one line what a load did."""
+    # What is mapped from files counts as in the page cache; for several ranks it may not be yet.
+    mapped = 0 if stats.store_bytes else stats.mapped_bytes
     parts = [
         f"{count} {word}"
         for count, word in (
             (stats.store_bytes, "from the store"),
-            (stats.page_cache_bytes, "from the page cache"),
+            (mapped, "mapped from files"),
+            (stats.page_cache_bytes - mapped, "from the page cache"),
             (stats.disk_bytes, "from disk"),
         )
         if count

@@ -54,7 +54,8 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Open the weights, and only then let vLLM build the model and fill it."""
-        model_config = kwargs.get("model_config") or kwargs["vllm_config"].model_config
+        given = dict(zip(("vllm_config", "model_config"), args, strict=False)) | kwargs
+        model_config = given.get("model_config") or given["vllm_config"].model_config
         try:
             with telling_hints():
                 self._open(model_config)

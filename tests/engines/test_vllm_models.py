@@ -208,8 +208,8 @@ def test_a_rank_state_is_written_once_and_gives_the_same_bits(
     assert workers.run(bare, **ours(model=name, rank_state="auto", verify=True)) == expected
     assert sizes == {file: file.stat().st_mtime_ns for file in sizes}
     assert f"{name}/rank_state/" in workers.logs[0].read_text().rpartition("sllm: `")[2]
-    refused = errors(workers.run(bare, **ours(model=name, rank_state="require"), dtype="float32"))
-    assert "fits rank 0: " in refused and "dtype is bfloat16 there and float32 here" in refused
+    refused = errors(workers.run(bare, **ours(model=name, rank_state="require"), dtype="float16"))
+    assert "fits rank 0: " in refused and "dtype is bfloat16 there and float16 here" in refused
 
 
 def test_a_damaged_rank_state_is_refused(workers: Workers, playground: Playground) -> None:

@@ -72,7 +72,9 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
                     # As speculative decoding does: the same loader settings, another model.
                     other = EngineArgs(model=draft, dtype="bfloat16", max_model_len=128)
                     drafting = get_model(
-                        vllm_config=config, model_config=other.create_model_config()
+                        vllm_config=config,
+                        model_config=other.create_model_config(),
+                        prefix="draft_model",
                     )
                     answer["draft"] = digests(drafting)
                 if again is not None:

@@ -163,8 +163,13 @@ def test_verify_finds_a_flipped_byte_and_the_second_rank_leaves_it_to_the_first(
 
 
 def test_what_a_load_did_fits_on_a_line(storage: Path) -> None:
-    text = describe(open_weights(EngineOptions.parse({}), "org/tiny").stats)
-    assert re.fullmatch(r"12 tensors, \d+ bytes: \d+ from (disk|the page cache), [\d.]+ s", text)
+    alone = describe(open_weights(EngineOptions.parse({}), "org/tiny").stats)
+    assert re.fullmatch(
+        r"12 tensors, \d+ bytes: \d+ (mapped from files|from disk|from the page cache), [\d.]+ s",
+        alone,
+    )
+    shared = describe(open_weights(EngineOptions.parse({}), "org/tiny", rank=1, ranks=2).stats)
+    assert re.fullmatch(r"12 tensors, (\d+) bytes: \1 mapped from files, [\d.]+ s", shared)
 
 
 def test_the_entry_point_leads_to_a_function_that_imports_nothing_heavy() -> None:
