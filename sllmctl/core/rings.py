@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from sllmctl.core.devices import DeviceSpec
@@ -72,11 +72,19 @@ def borrow_ring(spec: DeviceSpec, *, chunk_bytes: int, chunks: int, readers: int
             surplus.close()
 
 
-def release_staging() -> None:
-    """Give back the pinned memory that this process keeps for its next load onto a device."""
+def release_staging(devices: Iterable[object] | None = None) -> None:
+    """Give back the pinned memory that this process keeps for its next load onto a device.
+
+    Args:
+        devices: Of which, such as ``npu:0``; of all where not given.
+
+    Raises:
+        ConfigError: A name is no device's.
+    """
+    specs = None if devices is None else [DeviceSpec.parse(str(device)) for device in devices]
     with _lock:
-        rings = list(_idle.values())
-        _idle.clear()
+        chosen = list(_idle) if specs is None else specs
+        rings = [_idle.pop(spec) for spec in chosen if spec in _idle]
     for ring in rings:
         ring.close()
 

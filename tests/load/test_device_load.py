@@ -109,7 +109,9 @@ class TestRings:
         assert list(rings._idle.values()) == [kept]
         load_staged(tiny_checkpoint, LoadOptions(chunk_bytes=2**20))  # needs larger slots
         assert list(rings._idle.values()) != [kept]
-        rings.release_staging()
+        rings.release_staging(["npu:0"])
+        assert rings._idle
+        rings.release_staging([CPU])
         assert not rings._idle
 
     def test_loads_at_the_same_time_have_one_each(self, tiny_checkpoint: Path) -> None:
