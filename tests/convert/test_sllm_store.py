@@ -11,11 +11,13 @@ import torch
 
 from sllmctl import api, convert, load_tensors
 from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.fileio import Buffer
 from sllmctl.core.load import LoadOptions
 from sllmctl.core.verify import verify
 from sllmctl.core.write import sllm_store_modules
 from sllmctl.core.write.convert import ConvertResult
 from sllmctl.core.write.convert import convert as convert_directory
+from sllmctl.core.write.writer import ZeroBytes
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ChecksumMismatch, ConfigError
 from tests.conftest import same_bits, some_tensors, write_checkpoint
 from tests.convert.conftest import files_of, only_child
@@ -219,6 +221,10 @@ def test_padding_is_zero_whatever_the_buffers_held(tmp_path: Path) -> None:
     data = (tmp_path / "out" / "tensor.data_0").read_bytes()
     assert data.count(255) == sum(tensor.numel() for tensor in tensors.values())
     assert data.count(0) == len(data) - data.count(255)
+    buffer = Buffer(100)
+    buffer.view[:100] = b"\xff" * 100
+    ZeroBytes().read_into(0, buffer, 10, 50)
+    assert bytes(buffer.view[:100]) == b"\xff" * 10 + bytes(50) + b"\xff" * 40
 
 
 def test_a_dtype_that_its_loader_refuses_is_refused_before(tmp_path: Path) -> None:

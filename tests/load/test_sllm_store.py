@@ -88,6 +88,13 @@ def test_a_stream_yields_the_same_in_any_window(
     assert_equal(dict(stream_tensors(tmp_path)), want)
 
 
+def test_of_views_of_one_record_the_longest_is_streamed_whole(tmp_path: Path) -> None:
+    base = torch.randn(6, 4)
+    want = {"base": base, "part": base[:3], "element": base[0, 0]}
+    write_sllm_store(tmp_path, want)
+    assert_equal(dict(stream_module.stream(open_checkpoint(tmp_path), COPY)), want)
+
+
 def test_padding_and_files_that_an_older_save_left_are_no_tensors(saved: Path) -> None:
     want = load_tensors(saved, store="off")
     files = sorted(saved.glob("tensor.data_*"), key=lambda path: int(path.name[12:]))
