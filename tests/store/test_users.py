@@ -98,8 +98,8 @@ def test_members_of_the_group_may_use_names_and_nobody_else_connects(
     assert "Permission denied" in ask_as(STRANGER, [], store, STATUS)
 
 
-def test_a_store_of_a_plain_user_works_and_so_does_root_in_it(
-    start_store: Callable[..., RunningStore], open_to_all: Path
+def test_a_store_of_a_plain_user_serves_root_and_hides_itself_from_its_own(
+    start_store: Callable[..., RunningStore], open_to_all: Path, make_model: MakeModel
 ) -> None:
     own = open_to_all / "own"
     own.mkdir()
@@ -108,6 +108,14 @@ def test_a_store_of_a_plain_user_works_and_so_does_root_in_it(
     assert any("memory   pages of" in line and "in a memfd" in line for line in store.greeting)
     with StoreClient(store.socket) as client:
         assert client.ask({"op": "status"})["pool"]["backing"] == "memfd"
+    path = make_model("m")
+    for _ in range(2):
+        loaded = api.load(path, store="require", socket=store.socket)
+        assert_equal(loaded.tensors, bytes_of(path))
+        stats = loaded.stats
+        del loaded
+        gc.collect()
+    assert stats.store_bytes == stats.bytes
     # Nobody of the same user looks into the daemon, or takes its descriptors.
     looking = subprocess.run(
         ["/bin/ls", f"/proc/{store.process.pid}/fd"],
