@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from sllmctl.bench.ownmemory import own_memory
 from sllmctl.core.header import one_line
 from sllmctl.errors import SllmError
 from sllmctl.native import PAGE_BYTES, Memory
@@ -176,6 +177,7 @@ class Held:
 
 def measure_load(load: Callable[[], Held], device: str = "cpu") -> Sample:
     """Time a load, and then read every byte that it brought."""
+    own_memory()
     reset_peak()
     before, blocks = memory(), disk_reads()
     cpu, started = cpu_seconds(), time.perf_counter()
