@@ -12,7 +12,7 @@ STAMP := $(VENV)/.ready
 C_FILES := $(wildcard native/*/*.[ch] tests/native/*.[ch] tests/fault/*.[ch] tests/npu_emulator/*.[ch] tests/device/*/*.[ch])
 export SLLMCTL_NO_PROGRESS ?=
 
-.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu test-engines test-vllm check-acl-header measure-device lint format docs fuzz torture check-deploy bench clean
+.PHONY: help setup demo test test-quick test-models test-transformers-4 test-npu test-engines test-vllm test-sglang check-acl-header measure-device lint format docs fuzz torture check-deploy bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
@@ -96,7 +96,25 @@ test-vllm: setup $(ENGINES)/vllm/.ready ## a real vLLM on the CPU, loading throu
 	@$(BIN)/python -m tests.engines.install $(abspath $(VLLM_PYTHON))
 	$(VLLM_PYTHON) -m pytest tests/engines -k vllm -o filterwarnings= -p no:cacheprovider
 
-test-engines: test-vllm ## real inference engines, loading through us
+SGLANG := sglang==0.5.23 torchvision==0.28.0
+SGLANG_PYTHON = $(ENGINES)/sglang/bin/python
+$(ENGINES)/sglang/.ready: tests/engines/sglang-requirements.txt $(wildcard tests/engines/sglang_cpu/*)
+	@echo "setting up $(ENGINES)/sglang: 3 GB, some minutes"
+	@$(PYTHON) -m venv $(ENGINES)/sglang
+	@$(SGLANG_PYTHON) -m pip install --quiet '$(TORCH)'
+	@$(SGLANG_PYTHON) -m pip install --quiet -r tests/engines/sglang-requirements.txt
+	@# It pins another torch, and kernels for CUDA.
+	@$(SGLANG_PYTHON) -m pip install --quiet --no-deps $(SGLANG)
+	@$(SGLANG_PYTHON) -m pip install --quiet tests/engines/sglang_cpu
+	@echo 'import torchvision_schemas' > $$($(SGLANG_PYTHON) -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_schemas.pth
+	@touch $@
+
+test-sglang: setup $(ENGINES)/sglang/.ready ## a real SGLang on the CPU, loading through us: half an hour
+	@$(BIN)/python -m tests.engines.install $(abspath $(SGLANG_PYTHON))
+	$(SGLANG_PYTHON) -m pytest tests/engines -k sglang -o filterwarnings= -p no:cacheprovider
+
+test-engines: test-vllm test-sglang ## real inference engines, loading through us
 
 lint: setup ## formatting, style, types
 	$(BIN)/ruff format --check .
