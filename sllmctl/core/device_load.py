@@ -103,6 +103,10 @@ class DeviceLoad:
                 if placement[alias] not in wanted[kept]:
                     wanted[kept].append(placement[alias])
         self.specs = list(dict.fromkeys(spec for specs in wanted.values() for spec in specs))
+        # The host's own staging memory is not pinned, and feeds nothing but the host.
+        self._pinning = max(
+            self.specs, key=lambda spec: spec.kind != "cpu", default=DeviceSpec("cpu")
+        )
         sizes: list[list[int]] = [[] for _ in self.specs]
         self._targets: list[list[_Target]] = []
         for entry in self._entries:
@@ -151,7 +155,7 @@ class DeviceLoad:
         chunks = len(extents) + sum(extent.nbytes for extent in extents) // chunk_bytes
         with (
             borrow_ring(
-                self.specs[0], chunk_bytes=chunk_bytes, chunks=chunks, readers=self._readers
+                self._pinning, chunk_bytes=chunk_bytes, chunks=chunks, readers=self._readers
             ) as ring,
             Job(
                 list(files),

@@ -52,9 +52,14 @@ class DeviceMap:
         if isinstance(device_map, DeviceMap):
             return device_map
         if isinstance(device_map, Mapping):
-            return cls(
-                {_module(key, device): find_device(device) for key, device in device_map.items()}
-            )
+            modules = {_module(key, place): find_device(place) for key, place in device_map.items()}
+            kinds = {spec.kind for spec in modules.values()} - {"cpu"}
+            if len(kinds) > 1:
+                raise ConfigError(
+                    f"device_map names devices of two kinds: {' and '.join(sorted(kinds))}",
+                    hint="load to one kind of accelerator at a time, and to cpu besides",
+                )
+            return cls(modules)
         if device_map not in _SPREADS:
             return cls({"": find_device(device_map)})
         devices = accelerators() or [DeviceSpec("cpu")]

@@ -64,12 +64,14 @@ def borrow_ring(spec: DeviceSpec, *, chunk_bytes: int, chunks: int, readers: int
         ring = Ring(device, slot_bytes, count)
     try:
         yield ring
-    finally:
-        with _lock:
-            surplus = _idle.pop(spec, None)
-            _idle[spec] = ring
-        if surplus is not None:
-            surplus.close()
+    except BaseException:
+        ring.close()  # a thread that did not end may still write to it
+        raise
+    with _lock:
+        surplus = _idle.pop(spec, None)
+        _idle[spec] = ring
+    if surplus is not None:
+        surplus.close()
 
 
 def release_staging(devices: Iterable[object] | None = None) -> None:

@@ -123,6 +123,15 @@ class TestRings:
             assert_equal(load_staged(tiny_checkpoint).tensors, tiny_checkpoint)
         assert len(rings._idle) == 1
 
+    def test_one_that_a_load_failed_with_is_not_used_again(self) -> None:
+        rings.release_staging()
+        with (
+            pytest.raises(NativeError),
+            rings.borrow_ring(CPU, chunk_bytes=4096, chunks=9, readers=1),
+        ):
+            raise NativeError("no")
+        assert not rings._idle
+
     def test_a_forked_child_starts_without(self, tiny_checkpoint: Path) -> None:
         load_staged(tiny_checkpoint)
         child = os.fork()

@@ -48,6 +48,13 @@ class TestDeviceMap:
         with pytest.raises(ConfigError):
             DeviceMap.parse(wrong)
 
+    def test_accelerators_of_two_kinds_in_one_map_are_an_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(placement_module, "find_device", lambda name: DeviceSpec.parse(name))
+        with pytest.raises(ConfigError, match="two kinds: cuda and npu"):
+            DeviceMap.parse({"": "npu:0", "lm_head": "cuda:0", "model": "cpu"})
+
     def test_a_machine_without_accelerators_loads_into_host_memory(self, layers: Path) -> None:
         for where in ("auto", "balanced", "sequential", {"": "cpu"}, torch.device("cpu")):
             tensors = load_tensors(layers, device_map=where, store="off")

@@ -104,6 +104,16 @@ class TestSeveralDevices:
         assert loaded.stats.disk_bytes + loaded.stats.page_cache_bytes == loaded.stats.bytes
         assert_equal(loaded.tensors, checkpoint)
 
+    def test_the_host_among_them_pins_for_nobody(
+        self, checkpoint: Path, emulator: Emulator
+    ) -> None:
+        release_staging()
+        with emulator.counting() as added:
+            loaded = api.load(checkpoint, device_map={"layers.0": "cpu", "": "npu:1"}, store="off")
+        assert added["async_pinned"] > 0
+        assert added["async_pageable"] == 0
+        assert_equal(loaded.tensors, checkpoint)
+
     @pytest.fixture
     def tied(self, tmp_path: Path) -> Path:
         data = torch.randint(0, 256, (3 * 70000,), dtype=torch.uint8).numpy().tobytes()
