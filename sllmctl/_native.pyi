@@ -1,4 +1,4 @@
-"""The compiled module, as native.py sees it: cffi's two objects."""
+"""The compiled module, as the modules of native/ see it: cffi's two objects."""
 
 from typing import Any
 

@@ -19,6 +19,7 @@ import torch
 
 from sllmctl import errors, native
 from sllmctl._native import ffi, lib
+from sllmctl.native import calls
 
 HEADER = (Path(__file__).parents[2] / "native" / "include" / "sllm.h").read_text()
 MIB = 2**20
@@ -66,8 +67,8 @@ def test_every_status_of_the_header_is_in_the_library_and_has_its_exception() ->
     in_header = set(re.findall(r"^ +(SLLM_E_\w+) =", HEADER, flags=re.MULTILINE))
     in_library = {name for name in dir(lib) if name.startswith("SLLM_E_")}
     assert in_library == in_header
-    assert set(native._EXCEPTIONS) == {getattr(lib, name) for name in in_library}
-    assert all(issubclass(kind, errors.NativeError) for kind in native._EXCEPTIONS.values())
+    assert set(calls.EXCEPTIONS) == {getattr(lib, name) for name in in_library}
+    assert all(issubclass(kind, errors.NativeError) for kind in calls.EXCEPTIONS.values())
     assert {native.status_name(getattr(lib, name)) for name in in_library} == in_library
 
 
@@ -77,13 +78,13 @@ def test_the_library_is_of_the_version_of_the_header() -> None:
     assert native.abi_version() == int(version[1]) == lib.SLLM_ABI_VERSION
 
 
-@pytest.mark.parametrize("status", sorted(native._EXCEPTIONS))
+@pytest.mark.parametrize("status", sorted(calls.EXCEPTIONS))
 def test_a_failure_carries_its_numbers_and_its_line(status: int) -> None:
     error = ffi.new("sllm_error *")
     error.status, error.os_errno, error.device_code = status, errno.EIO, 507018
     error.message = "cannot read `\udcff`".encode("utf-8", "surrogateescape")
-    with pytest.raises(native._EXCEPTIONS[status]) as caught:
-        native._check(status, error)
+    with pytest.raises(calls.EXCEPTIONS[status]) as caught:
+        calls.check(status, error)
     assert caught.value.status == status
     assert caught.value.os_errno == errno.EIO
     assert caught.value.device_code == 507018
@@ -283,7 +284,8 @@ def test_ctrl_c_interrupts_a_wait(endless: str) -> None:
                     assert not done
         except KeyboardInterrupt:
             assert progress.bytes_done < progress.bytes_total
-            assert native._stuck == []
+            from sllmctl.native import job as jobs
+            assert jobs._stuck == []
             assert len(os.listdir("/proc/self/task")) == 1
             print("interrupted", flush=True)
     """

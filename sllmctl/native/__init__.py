@@ -1,0 +1,29 @@
+"""The native library as Python types. The only importer of ``_native``.
+
+Handles end when the last reference goes; what a failing call says becomes an exception of
+``errors.py``. Every blocking call returns within 200 ms, so that Ctrl-C is answered.
+"""
+
+from sllmctl.native.calls import abi_version, status_name
+from sllmctl.native.devices import Device, Gather, Ring
+from sllmctl.native.job import Extent, Job, Progress
+from sllmctl.native.memory import FileFacts, Memory, Segment, probe_file
+
+PAGE_BYTES = 4096
+"""What direct reads are aligned to."""
+
+__all__ = [
+    "PAGE_BYTES",
+    "Device",
+    "Extent",
+    "FileFacts",
+    "Gather",
+    "Job",
+    "Memory",
+    "Progress",
+    "Ring",
+    "Segment",
+    "abi_version",
+    "probe_file",
+    "status_name",
+]

@@ -1,0 +1,82 @@
+"""What every call of the native library needs: its exceptions, and waits that Ctrl-C ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sllmctl import errors
+from sllmctl._native import ffi, lib
+
+WAIT_SLICE_MS = 200
+CLOSE_TIMEOUT_MS = 300
+
+EXCEPTIONS: dict[int, type[errors.NativeError]] = {
+    lib.SLLM_E_INVALID: errors.NativeError,
+    lib.SLLM_E_NOMEM: errors.HostMemoryError,
+    lib.SLLM_E_IO: errors.ReadError,
+    lib.SLLM_E_TRUNCATED: errors.ReadError,
+    lib.SLLM_E_CHANGED: errors.ReadError,
+    lib.SLLM_E_CANCELLED: errors.NativeError,
+    lib.SLLM_E_TIMEOUT: errors.NativeError,
+    lib.SLLM_E_NO_DEVICE: errors.DeviceUnavailable,
+    lib.SLLM_E_DEVICE: errors.DeviceError,
+    lib.SLLM_E_UNSUPPORTED: errors.NativeError,
+    lib.SLLM_E_FORKED: errors.NativeError,
+    lib.SLLM_E_BUSY: errors.NativeError,
+}
+
+HINTS: dict[int, str] = {
+    lib.SLLM_E_IO: "run `sllmctl verify` on the checkpoint to find every damaged shard",
+    lib.SLLM_E_TRUNCATED: "the file is shorter than its header says: copy or convert it again",
+    lib.SLLM_E_CHANGED: "replace checkpoints by rename, never in place, and load again",
+    lib.SLLM_E_NOMEM: "free some memory, or raise the limit of the process or its container",
+    lib.SLLM_E_NO_DEVICE: "run `sllmctl doctor`: it says what a device lacks here",
+    lib.SLLM_E_DEVICE: "run `sllmctl doctor`: it looks at device, driver and runtime library",
+    lib.SLLM_E_FORKED: "start worker processes with `spawn`, and open devices in them",
+    lib.SLLM_E_TIMEOUT: "the disk or its server does not answer: look at `dmesg` and the mount",
+}
+
+
+def check(status: int, error: Any) -> None:
+    """Raise the exception of a failed call."""
+    if status == lib.SLLM_OK:
+        return
+    kind = EXCEPTIONS.get(status, errors.NativeError)
+    exc = kind(
+        ffi.string(error.message).decode("utf-8", "replace"),
+        hint=HINTS.get(status),
+        status=status,
+        os_errno=error.os_errno,
+        device_code=error.device_code,
+    )
+    if isinstance(exc, OSError):
+        exc.errno = error.os_errno or None
+    raise exc
+
+
+def wait_in_slices(call: Callable[[int], int], timeout_s: float, error: Any) -> None:
+    """Repeat a call that answers "not yet", so that Ctrl-C is answered between."""
+    deadline = time.monotonic() + timeout_s
+    status = lib.SLLM_E_BUSY
+    while status == lib.SLLM_E_BUSY:
+        left_ms = int((deadline - time.monotonic()) * 1000)
+        if left_ms < 0:
+            raise errors.DeviceError(
+                f"the device has not copied anything for {timeout_s:g} s",
+                hint=HINTS[lib.SLLM_E_DEVICE],
+                status=lib.SLLM_E_TIMEOUT,
+            )
+        status = call(min(left_ms, WAIT_SLICE_MS))
+    check(status, error)
+
+
+def abi_version() -> int:
+    """The interface version that the library was compiled with."""
+    return int(lib.sllm_abi_version())
+
+
+def status_name(status: int) -> str:
+    """The name of an ``SLLM_E_*`` code."""
+    return ffi.string(lib.sllm_status_name(status)).decode()

@@ -1,0 +1,160 @@
+"""One load: threads of the native library that bring extents of files to their places."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sllmctl._native import ffi, lib
+from sllmctl.native.calls import CLOSE_TIMEOUT_MS, WAIT_SLICE_MS, check
+from sllmctl.native.devices import Device, Ring
+
+
+class Extent(NamedTuple):
+    """A byte range of a file and the address of its first byte's place.
+
+    ``device`` is -1 for host memory, else an index into the job's devices.
+    """
+
+    file: int
+    offset: int
+    nbytes: int
+    target: int
+    device: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A snapshot of a job; bytes, and seconds since its start."""
+
+    bytes_total: int
+    bytes_disk: int
+    bytes_cache: int
+    bytes_done: int
+    chunks_done: int
+    read_s: float
+    copy_s: float
+
+
+class Job:
+    """One load: threads that bring extents of files into host memory and onto devices.
+
+    Args:
+        files: Descriptor and name of each file; the descriptors stay open until `close`.
+        extents: What to read, and where to.
+        keep: What the extents point into: kept for as long as a thread may write there.
+        chunk_bytes: Largest read, a multiple of 4096; 0 for the library's own choice.
+        threads: Readers; 0 for the library's own choice.
+        direct: Whether reads may go around the page cache.
+        devices: What ``Extent.device`` counts; none for a load into host memory alone.
+        ring: Staging slots of at least ``chunk_bytes`` and a page; needed for devices, and used
+            by one job at a time.
+
+    Raises:
+        NativeError: An extent is impossible; `ReadError` where its file is too short.
+    """
+
+    __slots__ = ("__weakref__", "_end", "_handle")
+
+    def __init__(
+        self,
+        files: Sequence[tuple[int, str]],
+        extents: Sequence[Extent],
+        *,
+        keep: object,
+        chunk_bytes: int = 0,
+        threads: int = 0,
+        direct: bool = True,
+        devices: Sequence[Device] = (),
+        ring: Ring | None = None,
+    ) -> None:
+        paths = [ffi.new("char[]", os.fsencode(path)) for _, path in files]
+        c_files = ffi.new(
+            "sllm_file[]", [(fd, 0, path) for (fd, _), path in zip(files, paths, strict=True)]
+        )
+        c_extents = ffi.new(
+            "sllm_extent[]", [(e.file, e.device, e.offset, e.nbytes, e.target) for e in extents]
+        )
+        options = ffi.new("sllm_job_options *")
+        options.size = ffi.sizeof("sllm_job_options")
+        options.chunk_bytes = chunk_bytes
+        options.threads = threads
+        options.flags = 0 if direct else lib.SLLM_JOB_NO_DIRECT
+        c_devices = ffi.new("sllm_device *[]", [device._handle for device in devices])
+        options.devices, options.device_count = c_devices, len(devices)
+        options.ring = ffi.NULL if ring is None else ring._handle
+        out, error = ffi.new("sllm_job **"), ffi.new("sllm_error *")
+        check(
+            lib.sllm_job_create(c_files, len(files), c_extents, len(extents), options, out, error),
+            error,
+        )
+        self._handle = out[0]
+        # Also at exit, before the interpreter takes from under the threads what they write to.
+        self._end = weakref.finalize(self, _end_job, self._handle, keep)
+        check(lib.sllm_job_start(self._handle, error), error)
+
+    def wait(self, timeout_ms: int | None = None) -> tuple[bool, Progress]:
+        """Wait for the end, for at most ``timeout_ms`` or 200 ms.
+
+        Returns:
+            Whether every byte is in its place, and how far things are.
+
+        Raises:
+            ReadError: A file cannot be read, is too short, or changed meanwhile.
+            NativeError: Nothing moved for a minute.
+        """
+        progress, error = ffi.new("sllm_progress *"), ffi.new("sllm_error *")
+        status = lib.sllm_job_wait(
+            self._handle, WAIT_SLICE_MS if timeout_ms is None else timeout_ms, progress, error
+        )
+        if status != lib.SLLM_E_BUSY:
+            check(status, error)
+        return status == lib.SLLM_OK, Progress(
+            progress.bytes_total,
+            progress.bytes_disk,
+            progress.bytes_cache,
+            progress.bytes_done,
+            progress.chunks_done,
+            progress.read_s,
+            progress.copy_s,
+        )
+
+    def chunks_done(self, first: int, count: int) -> bytes:
+        """One byte a chunk, in file order: 1 when it is in its place."""
+        done, error = ffi.new("uint8_t[]", count), ffi.new("sllm_error *")
+        check(lib.sllm_job_chunks_done(self._handle, first, count, done, error), error)
+        return bytes(ffi.buffer(done, count))
+
+    def close(self) -> bool:
+        """Stop what runs and end the job, within 0.3 s.
+
+        A thread that sits in a read which does not return keeps the job and its memory: they
+        stay until the process ends, for the thread may still write there.
+
+        Returns:
+            Whether it ended. If not, nobody may use the memory for anything else, or close the
+            files.
+        """
+        ended = self._end()
+        self._handle = ffi.NULL
+        return ended is not False
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _end_job(handle: Any, keep: object) -> bool:
+    if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) != lib.SLLM_OK:
+        _stuck.append(keep)
+        return False
+    return True
+
+
+_stuck: list[object] = []
+"""Memory that a hung read may still write to: never freed."""
