@@ -214,19 +214,3 @@ def _asking_torch(spec: DeviceSpec) -> Iterator[None]:
         raise DeviceError(
             f"torch cannot use {spec}: {reason}", hint="`sllmctl doctor --deep` tries the devices"
         ) from exc
-
-
-def require_cpu(device: object) -> DeviceSpec:
-    """Parse a device, and refuse what only loads of tensors can reach.
-
-    Raises:
-        ConfigError: The text names no device.
-        DeviceUnavailable: It is an accelerator.
-    """
-    spec = DeviceSpec.parse(str(device))
-    if spec.kind != "cpu":
-        raise DeviceUnavailable(
-            f"cannot load to {spec}: this version of sllmctl builds models in host memory alone",
-            hint='load with --device cpu, and move the model with torch\'s `.to("npu")`',
-        )
-    return spec

@@ -95,7 +95,7 @@ def answer(
     Args:
         path: The checkpoint's directory, with configuration and tokenizer. A chat template there
             wraps the prompt as a user's turn.
-        tensors: The checkpoint's tensors, loaded before.
+        tensors: The checkpoint's tensors, all on the device that is to answer.
         prompt: Text of one token at least.
         max_new_tokens: Upper bound of the answer.
 
@@ -107,10 +107,16 @@ def answer(
 
     tokenizer = _tokenizer(path)
     started = time.perf_counter()
-    model = build_model(make_skeleton(path, _named_class(path)), tensors)
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    model = build_model(
+        make_skeleton(path, _named_class(path)),
+        tensors,
+        device_map=None if device.type == "cpu" else {"": str(device)},
+    )
     built = time.perf_counter()
     generative = model.can_generate()
-    inputs = _inputs(tokenizer, prompt, chat=generative)
+    given = _inputs(tokenizer, prompt, chat=generative)
+    inputs = {key: value.to(device) for key, value in given.items()}
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
         raise ConfigError("the prompt is empty", hint="write a few words for the model to answer")

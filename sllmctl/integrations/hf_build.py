@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sllmctl.core.header import shown
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
+from sllmctl.integrations.hf_devices import no_second_allocation
 
 if TYPE_CHECKING:
     import torch
@@ -105,15 +106,18 @@ def build_model(
     torch_dtype: torch.dtype | str | None = None,
     quantization_config: Any = None,
     attn_implementation: str | None = None,
+    device_map: Mapping[str, str] | None = None,
 ) -> Any:
     """Make a model whose parameters are these tensors; only another dtype makes copies.
 
     Args:
         skeleton: From ``make_skeleton``.
-        tensors: The checkpoint's names and tensors, on cpu. Aliases may be in it.
+        tensors: The checkpoint's names and tensors, where they are to be. Aliases may be in it.
         torch_dtype: A floating dtype or its name; ``None`` and ``"auto"`` are the checkpoint's own.
         quantization_config: transformers' settings for quantizing while loading.
         attn_implementation: transformers' name of an attention kernel.
+        device_map: Devices by module, of a model that is not in host memory alone. With several,
+            it gets the hooks that carry activations from one to the next.
 
     Returns:
         The ``PreTrainedModel``, in evaluation mode, with the checkpoint's generation
@@ -132,7 +136,10 @@ def build_model(
         options["quantization_config"] = quantization_config
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with quiet_transformers() as reports:
+    if device_map is not None:
+        options["device_map"] = dict(device_map)
+    no_warmup = nullcontext() if device_map is None else no_second_allocation()
+    with quiet_transformers() as reports, no_warmup:
         try:
             model, info = model_class.from_pretrained(
                 None,
