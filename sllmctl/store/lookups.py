@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import TypeVar
 
 from sllmctl.errors import StoreError
@@ -22,6 +23,8 @@ class Lookups:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._threads = 0
         self.waiting = 0
 
     def start(
@@ -52,7 +55,6 @@ class Lookups:
         missed = False
 
         def run() -> None:
-            # Not an executor's thread: the interpreter would wait for it at its end.
             try:
                 outcome.set_result(work())
             except Exception as exc:
@@ -76,4 +78,12 @@ class Lookups:
             done(late)
 
         timer = self._loop.call_later(deadline_s, miss)
-        threading.Thread(target=run, name="sllm-lookup", daemon=True).start()
+        self._work.put(run)
+        if self._threads < self.waiting:
+            # No executor's: the interpreter would wait for those that hang at its end.
+            self._threads += 1
+            threading.Thread(target=self._run, name="sllm-lookup", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
