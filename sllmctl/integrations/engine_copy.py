@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sllmctl.integrations.engine_gather import DeviceCopies
+from sllmctl.integrations.engine_gather import DeviceCopies, moves
 
 if TYPE_CHECKING:
     from torch import nn
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_WRITERS = {"copy_", "fill_", "zero_", "set_", "scatter_"} | {
-    f"{what}_{how}_" for what in ("index", "masked") for how in ("copy", "fill", "put", "scatter")
-}
+_COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_WRITERS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        *("copy_", "fill_", "zero_", "set_", "scatter_", "masked_fill_", "masked_scatter_"),
+        *("index_copy_", "index_fill_", "index_put_"),
+    )
+)
 
 
 class _Region(NamedTuple):
@@ -61,6 +66,9 @@ class WeightWrites(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._copies = DeviceCopies()
+        self._moves = moves()
+        # All that is looked at: loaders call many functions that write nothing.
+        self._seen = _WRITERS | self._moves | {_SET_DATA, _SET_ITEM}
         self._regions: dict[int, list[_Region]] = {
             address: []
             for parameter in model.parameters()
@@ -76,13 +84,14 @@ class WeightWrites(TorchFunctionMode):
     ) -> Any:
         """Run a torch function, and note the tensor that it writes to."""
         kwargs = kwargs or {}
+        if func not in self._seen:
+            return func(*args, **kwargs)
         result = self._take_over(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in _WRITERS and args:
+        if func in _WRITERS:
             self._note(args[0])
-        elif name == "__setitem__":
+        elif func == _SET_ITEM:
             # An index that makes a view writes that; any other is trusted to write all.
             part = args[0][args[1]]
             self._note(part if _address(part) == _address(args[0]) else args[0])
@@ -103,15 +112,15 @@ class WeightWrites(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Do what a function does, if it copies from host memory to an accelerator; else None."""
-        if func is torch.Tensor.copy_ and len(args) > 1 and self._copies.crosses(*args[:2]):
+        if func == _COPY and len(args) > 1 and self._copies.crosses(args[0], args[1]):
             self._copies.copy(args[0], args[1])
             return args[0]
-        if func is torch.Tensor.__setitem__ and self._copies.crosses(args[0], args[2]):
+        if func == _SET_ITEM and self._copies.crosses(args[0], args[2]):
             part = args[0][args[1]]
             if _address(part) == _address(args[0]):
                 self._copies.copy(part, args[2])
                 return args[0]
-        elif args and isinstance(args[0], torch.Tensor):
+        elif func in self._moves:
             return self._copies.moved(func, *args, **kwargs)
         return None
 

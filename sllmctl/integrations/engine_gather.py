@@ -17,9 +17,11 @@ _LEAST_ROW_BYTES = 256
 _LEGACY_STREAM = 1
 """CUDA's name for the default stream, whose handle is 0. Source: cudaStreamLegacy."""
 
-_MOVES = tuple(
-    getattr(torch.Tensor, name) for name in ("to", "cuda", "npu") if hasattr(torch.Tensor, name)
-)
+
+def moves() -> frozenset[Callable[..., torch.Tensor]]:
+    """Functions that may copy a tensor to another device; torch_npu brings one of them."""
+    names = ("to", "cuda", "npu")
+    return frozenset(getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name))
 
 
 class Rows(NamedTuple):
@@ -126,8 +128,8 @@ class DeviceCopies:
         *args: object,
         **kwargs: object,
     ) -> torch.Tensor | None:
-        """Do what ``source.to(...)`` does when it leads to an accelerator; else None."""
-        if func not in _MOVES or source.device.type != "cpu":
+        """Do what one of ``moves`` does from host memory to an accelerator; else None."""
+        if source.device.type != "cpu":
             return None
         like = func(torch.empty(0, dtype=source.dtype), *args, **kwargs)
         if not self.crosses(like, source):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,17 @@ def test_tensors_are_views_of_what_was_loaded(storage: Path) -> None:
     assert weights.addresses.issuperset(views)
     weights.close()
     assert same_bits(got["layers.0.weight"], TENSORS["layers.0.weight"])
+
+
+def test_several_ranks_map_what_one_would_read(
+    storage: Path, make_cold: Callable[[Path], None]
+) -> None:
+    options = EngineOptions.parse({})
+    make_cold(storage / "org" / "tiny")
+    assert open_weights(options, "org/tiny").stats.mapped_bytes == 0
+    make_cold(storage / "org" / "tiny")
+    several = open_weights(options, "org/tiny", rank=1, ranks=2)
+    assert several.stats.mapped_bytes == several.stats.bytes
 
 
 def test_weights_of_another_architecture_are_refused(storage: Path, tmp_path: Path) -> None:
