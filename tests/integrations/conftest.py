@@ -10,6 +10,7 @@ import pytest
 from sllmctl.core.manifest import Origin
 from sllmctl.core.write.convert import convert
 from tests.models import MODEL_NAMES, make_model, minilm_directory
+from tests.store.conftest import start_store, store  # noqa: F401
 
 Place = Callable[[str], Path]
 
