@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate, repeat
 from operator import itemgetter
 from pathlib import PurePosixPath
@@ -187,16 +186,17 @@ def _scan_canonical(
     try:
         text = raw.decode("utf-8").rstrip(" ")
         metadata: Any = {}
-        start = 1
         if text.startswith(_METADATA_START):
             metadata, end = _DECODER.raw_decode(text, len(_METADATA_START))
             _check_surrogates(metadata)
-            start = end + 1 if text.startswith(",", end) else len(text)
-        elif not text.startswith("{"):
+            entries = text[end:]
+        elif text.startswith("{"):
+            entries = "," + text[1:]
+        else:
             return None
     except (ValueError, RecursionError, MemoryError):
         return None
-    matches = _ENTRY.findall(text, start)
+    matches = _ENTRY.findall(entries)
     if not matches or not _is_metadata(metadata):
         return None
     names, kinds, places = zip(*matches, strict=True)
@@ -208,11 +208,13 @@ def _scan_canonical(
     base = PREFIX_BYTES + len(raw)
     begins = [0, *ends[:-1]]
     written = list(map(str, ends))
-    text_bytes = sum(sum(map(len, column)) for column in (names, kinds, places))
+    all_names = "".join(names)
+    found = len(all_names) + len("".join(kinds)) + len("".join(places))
     if (
-        start + text_bytes + _ENTRY_FIXED_BYTES * len(names) != len(text)
-        or not text.endswith("}}")
-        or text.count("}}", start) != 1
+        found + _ENTRY_FIXED_LENGTH * len(names) + 1 != len(entries)
+        or not entries.endswith("}}")
+        or not all_names.isprintable()  # or else it may hold what JSON wants escaped
+        or "\\" in all_names
         or list(map(",".join, zip(["0", *written], written, strict=False))) != list(places)
         or ends[-1] != data_bytes
         or len(set(names)) != len(names)
@@ -228,7 +230,7 @@ def _scan_canonical(
         sizes,
         strict=True,
     )
-    return list(map(partial(tuple.__new__, TensorEntry), columns)), metadata
+    return list(map(tuple.__new__, repeat(TensorEntry), columns)), metadata
 
 
 def _parse_kind(kind: str) -> tuple[str, tuple[int, ...], int] | None:
@@ -361,9 +363,10 @@ def _is_metadata(value: Any) -> bool:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _METADATA_START = f'{{"{METADATA_KEY}":'
 _KIND_MIDDLE = '","shape":['
+# Loose, for what it finds is checked afterwards; but every part ends at a quote at the latest, or a
+# hostile text would make it look to the end from every place.
 _ENTRY = re.compile(
-    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+","shape":\[[0-9,]*)\],'
-    r'"data_offsets":\[([0-9,]+)\]\}[,}]'
+    r',"([^"]*)":\{"dtype":"([^"]*","shape":\[[0-9,]*)\],"data_offsets":\[([0-9,]*)\]\}'
 )
-_ENTRY_FIXED_BYTES = len('"":{"dtype":"],"data_offsets":[]},')
+_ENTRY_FIXED_LENGTH = len(',"":{"dtype":"],"data_offsets":[]}')
 _AXES = re.compile(r"(?:(?:0|[1-9][0-9]{0,18})(?:,(?:0|[1-9][0-9]{0,18}))*)?")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from sllmctl.core.checkpoint import TensorEntry, natural_key, open_checkpoint
 from sllmctl.core.dtypes import DTYPE_BITS
-from sllmctl.core.header import parse_header
+from sllmctl.core.header import _scan_canonical, parse_header
 from sllmctl.errors import CheckpointError
 from tests.conftest import some_tensors, write_checkpoint
 from tests.raw import entry, header_bytes, write_raw
@@ -248,3 +248,30 @@ def test_a_header_with_a_few_bytes_changed_is_right_or_refused(
         assert found.nbytes * 8 == math.prod(found.shape) * DTYPE_BITS[found.dtype]
         position += found.nbytes
     assert position == 8 + len(text) + size
+
+
+def test_the_quick_reader_takes_nothing_that_is_no_json() -> None:
+    """Every header that is one character away from a canonical one."""
+    start = '{"__metadata__":{"format":"pt"},'
+    canonical = (
+        '"a.b":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},'
+        '"c\u00e9":{"dtype":"U8","shape":[],"data_offsets":[12,13]}}'
+    )
+    for text in (start + canonical, "{" + canonical):
+        assert _scan_canonical(text.encode(), 13, 0) is not None
+        for at in range(len(text)):
+            changes = [text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:]]
+            for character in '{}[]",:\\ 0a\n\x85':
+                changes += [text[:at] + character + text[at:]]
+                changes += [text[:at] + character + text[at + 1 :]]
+            for changed in changes:
+                found = _scan_canonical(changed.encode(), 13, 0)
+                if found is None:
+                    continue
+                document = json.loads(changed)
+                document.pop("__metadata__", None)
+                assert [one.name for one in found[0]] == list(document)
+                for one, info in zip(found[0], document.values(), strict=True):
+                    assert info["dtype"] == one.dtype
+                    assert tuple(info["shape"]) == one.shape
+                    assert info["data_offsets"][1] - info["data_offsets"][0] == one.nbytes
