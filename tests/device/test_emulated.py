@@ -64,7 +64,13 @@ def test_every_failure_is_explained_and_leaves_nothing(profile: str, tmp_path: P
     check("test_accelerator_faults", "plain", profile, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["asan", "tsan"])
-@pytest.mark.parametrize("program", ["test_accelerators", "test_accelerator_faults"])
+@pytest.mark.parametrize(
+    ("program", "mode"),
+    [
+        ("test_accelerators", "asan"),
+        ("test_accelerators", "tsan"),
+        ("test_accelerator_faults", "asan"),
+    ],
+)
 def test_sanitizers_find_nothing(program: str, mode: str, tmp_path: Path) -> None:
     check(program, mode, "delayed", tmp_path)

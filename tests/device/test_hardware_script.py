@@ -13,7 +13,10 @@ from tests.device.emulators import ascend, cuda
 from tests.native.build import ROOT
 
 
-@pytest.mark.parametrize("device", ["npu:1", "cuda:0"])
+@pytest.mark.parametrize(
+    "device",
+    ["npu:1", pytest.param("cuda:0", marks=pytest.mark.slow)],
+)
 def test_the_figures_are_taken_and_labelled(device: str, tmp_path: Path) -> None:
     folder = ascend("plain", "9.0") if device.startswith("npu") else cuda("plain")
     script = [sys.executable, "-m", "tests.device.hardware", "--device", device]

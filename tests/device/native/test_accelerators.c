@@ -11,6 +11,7 @@
 #include "check.h"
 #include "emulator.h"
 #include "os.h"
+#include "ring.h"
 #include "system.h"
 
 #define MIB (1ull << 20)
@@ -63,6 +64,32 @@ TEST(the_first_device_is_found_and_others_are_counted)
     CHECK(unsetenv(visible) == 0);
     CHECK_OK(sllm_device_open(backend(), 0, &device, &err), &err);
     CHECK(emulator_thread_device() == -1);
+    sllm_device_close(device);
+    emulator_check_empty();
+}
+
+TEST(slots_are_pinned_and_start_at_pages)
+{
+    enum { SLOTS = 5, SLOT_BYTES = 12288 };
+    sllm_device *device;
+    sllm_ring *ring;
+    sllm_error err;
+    sllmi_slot *slots[SLOTS];
+    atomic_bool stop = false;
+    CHECK_OK(sllm_device_open(backend(), 0, &device, &err), &err);
+    CHECK_OK(sllm_ring_create(device, SLOT_BYTES, SLOTS, &ring, &err), &err);
+    CHECK(emulator_stat("pinned_bytes") >= SLOTS * SLOT_BYTES);
+    for (int i = 0; i < SLOTS; i++) {
+        slots[i] = sllmi_ring_acquire(ring, 0, &stop);
+        CHECK_U64((uintptr_t)slots[i]->memory % SLLM_PAGE_BYTES, 0);
+        memset(slots[i]->memory, i, SLOT_BYTES);
+    }
+    for (int i = 0; i < SLOTS; i++) {
+        CHECK(slots[i]->memory[0] == i && slots[i]->memory[SLOT_BYTES - 1] == i);
+        slots[i]->users = 1;
+        sllmi_ring_release(ring, slots[i]);
+    }
+    sllm_ring_destroy(ring);
     sllm_device_close(device);
     emulator_check_empty();
 }
