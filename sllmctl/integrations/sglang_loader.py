@@ -170,5 +170,8 @@ def _nodes() -> int:
     try:
         from sglang.srt.runtime_context import get_server_args
     except ImportError:  # older versions
-        from sglang.srt.server_args import get_global_server_args as get_server_args
+        try:
+            from sglang.srt.server_args import get_global_server_args as get_server_args
+        except ImportError:  # 0.5.3 keeps it from its loaders
+            return 1
     return max(int(get_server_args().nnodes), 1)

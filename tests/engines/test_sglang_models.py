@@ -170,3 +170,17 @@ def test_a_hook_that_cannot_be_set_refuses_our_key_instead_of_loading_past_us(
         "        raise SystemExit('loads past us')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=tmp_path)
+
+
+def test_a_version_that_does_not_tell_of_its_machines_is_on_one(tmp_path: Path) -> None:
+    code = (
+        "import sys, types\n"
+        "from sglang.srt import server_args\n"
+        "from sllmctl.integrations.sglang_loader import _nodes\n"
+        "sys.modules['sglang.srt.runtime_context'] = None  # as 0.5.3\n"
+        "server_args.get_global_server_args = lambda: types.SimpleNamespace(nnodes=2)\n"
+        "assert _nodes() == 2\n"
+        "del server_args.get_global_server_args\n"
+        "assert _nodes() == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=tmp_path)
