@@ -155,7 +155,7 @@ sllm_status sllm_file_probe(int fd, const char *path, uint64_t file_offset, uint
 typedef struct sllm_segment sllm_segment;
 
 #define SLLM_SEGMENT_RECYCLABLE 1u /* sllm_segment_held() can tell: it may be filled anew */
-#define SLLM_SEGMENT_LOCKED 2u     /* its pages are locked in memory */
+#define SLLM_SEGMENT_LOCKED 2u     /* its pages are locked in memory as they are supplied */
 
 /* For tests: do as on kernels before 5.1, whose seals admit no writer at all, */
 #define SLLM_SEGMENT_SEAL_WHEN_FULL 1u
@@ -198,7 +198,7 @@ void *sllm_segment_address(const sllm_segment *segment);
 uint32_t sllm_segment_flags(const sllm_segment *segment);
 
 /**
- * Supply the pages of a range, and lock them where the process may.
+ * Supply the pages of a range.
  * @return SLLM_OK, SLLM_E_INVALID or SLLM_E_NOMEM (the machine has no memory left).
  *
  * Threads: any, on disjoint ranges in parallel. Blocks: while the kernel clears pages.
@@ -251,7 +251,8 @@ const char *sllm_backend_name(uint32_t index);
  *         library), SLLM_E_DEVICE, SLLM_E_TIMEOUT (the runtime hangs), or SLLM_E_FORKED: a process
  *         that forked this one has started the runtime, which does not survive that.
  *
- * The caller's thread keeps its current device: whatever sets one happens on threads of ours.
+ * The caller's thread keeps its current device: whatever sets one happens on threads of ours. Where
+ * torch_npu is used, let it start first: it gives the runtime a configuration when it does.
  *
  * Threads: any. The caller ends it with sllm_device_close(); rings and jobs that use it keep it.
  */

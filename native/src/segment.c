@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "align.h"
@@ -21,6 +22,9 @@
 #endif
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010 /* Linux 5.1 */
+#endif
+#ifndef MLOCK_ONFAULT
+#define MLOCK_ONFAULT 1u /* Linux 4.4 */
 #endif
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008u /* Linux 6.3 */
@@ -35,11 +39,10 @@ struct sllm_segment {
                      one: its own of a memfd, `fd` of a file; or -1 */
     char *address;
     uint64_t bytes;
-    uint32_t flags;         /* of creation */
-    bool sealed_when_full;  /* the kernel cannot seal against future writers alone */
-    atomic_bool complete;   /* and it is full */
-    atomic_bool unlockable; /* the process may lock no more memory */
-    _Atomic uint64_t locked_bytes;
+    uint32_t flags;        /* of creation */
+    bool sealed_when_full; /* the kernel cannot seal against future writers alone */
+    atomic_bool complete;  /* and it is full */
+    bool locked;
 };
 
 static int reopen(int fd, int flags)
@@ -88,6 +91,14 @@ static bool lease_tells(const sllm_segment *segment)
     return told && told_of_view && !somebody_holds(segment->lease_fd);
 }
 
+/* Lock the pages that are there, and each further one when it is supplied, where we may. */
+static void lock(sllm_segment *segment)
+{
+#ifdef SYS_mlock2
+    segment->locked = syscall(SYS_mlock2, segment->address, segment->bytes, MLOCK_ONFAULT) == 0;
+#endif
+}
+
 /* Map the creator's view, where the kernel can use huge pages for it. */
 static sllm_status map_segment(sllm_segment *segment, sllm_error *err)
 {
@@ -106,6 +117,7 @@ static sllm_status map_segment(sllm_segment *segment, sllm_error *err)
         if (sllmi_sys.mmap(start, segment->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
                            segment->fd, 0) != MAP_FAILED) {
             (void)sllmi_sys.madvise(start, segment->bytes, MADV_HUGEPAGE);
+            lock(segment);
             return SLLM_OK;
         }
     }
@@ -224,8 +236,7 @@ uint32_t sllm_segment_flags(const sllm_segment *segment)
         return 0;
     }
     bool recyclable = segment->lease_fd >= 0 && !segment->sealed_when_full;
-    return (recyclable ? SLLM_SEGMENT_RECYCLABLE : 0) |
-           (segment->locked_bytes >= segment->bytes ? SLLM_SEGMENT_LOCKED : 0);
+    return (recyclable ? SLLM_SEGMENT_RECYCLABLE : 0) | (segment->locked ? SLLM_SEGMENT_LOCKED : 0);
 }
 
 sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64_t bytes,
@@ -247,13 +258,6 @@ sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64
         for (uint64_t at = 0; at < bytes; at += SLLM_PAGE_BYTES) {
             volatile char *byte = start + at;
             *byte = *byte;
-        }
-    }
-    if (!segment->unlockable) {
-        if (mlock(start, bytes) == 0) {
-            segment->locked_bytes += bytes;
-        } else {
-            segment->unlockable = true;
         }
     }
     return SLLM_OK;
@@ -284,9 +288,7 @@ sllm_status sllm_segment_complete(sllm_segment *segment, sllm_error *err)
         return sllmi_fail(err, SLLM_E_UNSUPPORTED, os_errno,
                           "this kernel cannot seal memory against writers: %s", strerror(os_errno));
     }
-    if (segment->locked_bytes > 0) { /* the lock was the first view's */
-        (void)mlock(segment->address, segment->bytes);
-    }
+    lock(segment); /* anew: the first lock was the first view's */
     segment->complete = true;
     return SLLM_OK;
 }

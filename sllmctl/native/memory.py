@@ -124,7 +124,7 @@ class Segment:
 
     @property
     def locked(self) -> bool:
-        """Whether all of it is locked in memory."""
+        """Whether its pages are locked in memory as they are supplied."""
         return bool(lib.sllm_segment_flags(self._handle) & lib.SLLM_SEGMENT_LOCKED)
 
     @property
@@ -133,7 +133,7 @@ class Segment:
         return bool(lib.sllm_segment_held(self._handle))
 
     def prefault(self, offset: int, nbytes: int) -> None:
-        """Supply the pages of a range, and lock them where the process may.
+        """Supply the pages of a range.
 
         Raises:
             HostMemoryError: The machine has no memory left.

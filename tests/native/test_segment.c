@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -257,6 +258,40 @@ TEST(prefaulting_supplies_pages_and_refuses_what_lies_outside)
     CHECK_STATUS(sllm_segment_prefault(NULL, 0, 4096, &err), &err, SLLM_E_INVALID);
     CHECK_STATUS(sllm_segment_complete(NULL, &err), &err, SLLM_E_INVALID);
     sllm_segment_destroy(segment);
+}
+
+/* Bytes that this process has locked. */
+static uint64_t locked_bytes(void)
+{
+    char line[256];
+    unsigned long kib = 0;
+    FILE *status = fopen("/proc/self/status", "re");
+    CHECK(status != NULL);
+    while (fgets(line, sizeof line, status) != NULL) {
+        if (sscanf(line, "VmLck: %lu", &kib) == 1) {
+            break;
+        }
+    }
+    fclose(status);
+    return kib * 1024;
+}
+
+TEST(a_segment_is_locked_where_the_limit_allows)
+{
+    for (int with_seal = 0; with_seal < 2; with_seal++) {
+        sllm_segment *segment = make_as(with_seal ? 0 : SLLM_SEGMENT_SEAL_WHEN_FULL);
+        sllm_error err;
+        bool locked = (sllm_segment_flags(segment) & SLLM_SEGMENT_LOCKED) != 0;
+        CHECK_U64(locked_bytes(), locked ? BYTES : 0);
+        CHECK_OK(sllm_segment_complete(segment, &err), &err);
+        CHECK_U64(locked_bytes(), locked ? BYTES : 0);
+        struct rlimit limit = {0};
+        if (getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur >= 2 * BYTES) {
+            CHECK(locked);
+        }
+        sllm_segment_destroy(segment);
+        CHECK_U64(locked_bytes(), 0);
+    }
 }
 
 TEST(a_size_that_is_none_is_refused)
