@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sllmctl.core.background import Loading
-from sllmctl.core.checkpoint import Checkpoint, Format, open_checkpoint
-from sllmctl.core.config import looks_like_path, resolve_model
-from sllmctl.core.device_load import DeviceLoad, complete, fill_from_files
-from sllmctl.core.devices import find_device
+from sllmctl.core.checkpoint import Format
 from sllmctl.core.load import Loaded, LoadOptions
-from sllmctl.core.load import load as load_checkpoint
-from sllmctl.core.placement import DeviceMap
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.layout import DEFAULT_SHARD_BYTES
-from sllmctl.errors import CheckpointNotFound, ConfigError, StoreError, StoreUnreachable
-from sllmctl.store.client import StoreClient
-from sllmctl.store.load import load_named, load_named_to_devices, load_through_store
-from sllmctl.store.named import NamedModel
-from sllmctl.store.spans import fill_through_store, store_source
-from sllmctl.store.views import store_views
+from sllmctl.errors import ConfigError
+from sllmctl.store.choice import Model as Model
+from sllmctl.store.choice import StoreUse as StoreUse
+from sllmctl.store.choice import prepare_load, prepare_stream
 
 if TYPE_CHECKING:
     import torch
 
     from sllmctl.core.write.convert import ConvertResult
-
-Model = str | os.PathLike[str]
-StoreUse = Literal["auto", "require", "off"]
-log = logging.getLogger(__name__)
 
 
 def load(
@@ -73,7 +58,7 @@ def load(
         StoreUnreachable: A store is required, and none answers.
         SllmError: As ``core.load.load`` raises them.
     """
-    return _prepare(
+    return prepare_load(
         model,
         device if device_map is None else device_map,
         storage_path,
@@ -108,7 +93,7 @@ def start_load(
     Args and errors: as `load`; ``progress`` is called by the background's thread.
     """
     return Loading(
-        _prepare(
+        prepare_load(
             model,
             device if device_map is None else device_map,
             storage_path,
@@ -119,126 +104,6 @@ def start_load(
         ),
         progress,
     )
-
-
-def _prepare(
-    model: Model,
-    device_map: object,
-    storage_path: Model | None,
-    store: StoreUse,
-    socket: Path | None,
-    label: str | None,
-    options: LoadOptions | None,
-) -> Callable[[ProgressFn | None], Loaded]:
-    """Do what has to be done on the caller's thread; what is returned does the rest on any."""
-    import torch  # noqa: F401 - its import takes seconds, and is no part of the load
-
-    devices = DeviceMap.parse(device_map)  # imports torch_npu where one is an NPU
-    options = options or LoadOptions.choose()
-    started = time.perf_counter()
-    named = None
-    try:
-        checkpoint = open_checkpoint(resolve_model(model, storage_path))
-        client = _connect(store, socket)
-    except CheckpointNotFound as exc:
-        named = _find_in_store(model, store, socket, exc)
-        checkpoint, client = named.checkpoint, named.client
-    label = label or (model if isinstance(model, str) else str(checkpoint.path))
-    opened = time.perf_counter()
-    placement = devices.place(checkpoint)
-    run: Callable[[ProgressFn | None], Loaded]
-    if all(spec.kind == "cpu" for spec in placement.values()):
-        run = partial(_load_to_host, checkpoint, options, client, store, label)
-        if named is not None:
-            run = partial(load_named, named, options)
-    elif named is not None:
-        ready = DeviceLoad(checkpoint, placement, options)
-        run = partial(load_named_to_devices, named, ready, options)
-    else:
-        ready = DeviceLoad(checkpoint, placement, options)
-        run = partial(_load_to_devices, checkpoint, ready, options, client, store, label)
-    opened_s, planned_s = opened - started, time.perf_counter() - opened
-
-    def finish(progress: ProgressFn | None) -> Loaded:
-        loaded = run(progress)
-        loaded.stats.open_s += opened_s
-        loaded.stats.plan_s += planned_s
-        loaded.stats.elapsed_s += opened_s + planned_s
-        return loaded
-
-    return finish
-
-
-def _find_in_store(
-    model: Model, store: StoreUse, socket: Path | None, missing: CheckpointNotFound
-) -> NamedModel:
-    """What a store has of a model by this name, whose weights are not here.
-
-    Raises:
-        CheckpointNotFound: None answers, or it has no such model.
-    """
-    if isinstance(model, os.PathLike) or looks_like_path(model):
-        raise missing
-    client = _connect(store, socket)
-    if client is None:
-        raise missing
-    try:
-        return NamedModel(client, model)
-    except StoreError as exc:
-        client.close()
-        raise CheckpointNotFound(
-            f"{missing}, and the store has none: {exc}", hint=missing.hint
-        ) from exc
-
-
-def _load_to_host(
-    checkpoint: Checkpoint,
-    options: LoadOptions,
-    client: StoreClient | None,
-    store: StoreUse,
-    label: str,
-    progress: ProgressFn | None,
-) -> Loaded:
-    if client is not None:
-        try:
-            return load_through_store(checkpoint, options, client, label=label, progress=progress)
-        except StoreError as exc:
-            client.close()
-            if store == "require":
-                raise
-            log.warning("the store cannot serve this load (%s); it goes to disk", exc)
-    return load_checkpoint(checkpoint, options, progress=progress)
-
-
-def _load_to_devices(
-    checkpoint: Checkpoint,
-    ready: DeviceLoad,
-    options: LoadOptions,
-    client: StoreClient | None,
-    store: StoreUse,
-    label: str,
-    progress: ProgressFn | None,
-) -> Loaded:
-    fill = fill_from_files(checkpoint, ready, progress)
-    if client is not None:
-        otherwise = None if store == "require" else fill
-        fill = fill_through_store(
-            checkpoint, ready, client, label, otherwise=otherwise, progress=progress
-        )
-    return complete(checkpoint, ready, options, fill)
-
-
-def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
-    if store == "off":
-        return None
-    try:
-        return StoreClient(socket)
-    except StoreError as exc:
-        if store == "require":
-            raise
-        level = logging.DEBUG if isinstance(exc, StoreUnreachable) else logging.WARNING
-        log.log(level, "no store is used: %s", exc)
-        return None
 
 
 def load_tensors(
@@ -292,29 +157,7 @@ def stream_tensors(
     Args and errors: as `load_tensors`; what goes wrong on the way is raised on the way. A model
     whose weights are not here comes from a store to host memory alone.
     """
-    from sllmctl.core.device_stream import stream_to_device
-    from sllmctl.core.stream import stream
-
-    spec = find_device(device)
-    options = LoadOptions.choose()
-    try:
-        checkpoint = open_checkpoint(resolve_model(model, storage_path))
-        client = _connect(store, None)
-    except CheckpointNotFound as exc:
-        if spec.kind != "cpu":
-            raise
-        named = _find_in_store(model, store, None, exc)
-        return iter(load_named(named, options).tensors.items())
-    if client is None:
-        if spec.kind == "cpu":
-            return stream(checkpoint, options)
-        return stream_to_device(checkpoint, spec, options)
-    label = model if isinstance(model, str) else str(checkpoint.path)
-    if spec.kind == "cpu":
-        views = partial(store_views, client, checkpoint, label, store == "require")
-        return stream(checkpoint, options, views=views)
-    source = partial(store_source, client, checkpoint, label, store == "require")
-    return stream_to_device(checkpoint, spec, options, source=source)
+    return prepare_stream(model, device, storage_path, store)
 
 
 def run_conversion(
