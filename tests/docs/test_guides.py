@@ -20,7 +20,13 @@ from tests.models import make_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = DOCS / "guides" / "getting-started.md"
-IN_CHINESE = ("getting-started.md", "sglang.md", "vllm.md")
+IN_CHINESE = (
+    "getting-started.md",
+    "migrate-from-sllm-store.md",
+    "sglang.md",
+    "store.md",
+    "vllm.md",
+)
 # These need a network, or go on until they are stopped.
 _NOT_HERE = re.compile(r"Qwen/|^sllmctl (serve|warm|status)\b")
 _NUMBERS = re.compile(r"\d[\d.,]*( ?[KMG]?B(/s)?\b| ms\b| s\b)?")
