@@ -104,6 +104,16 @@ class EngineOptions:
             rank_state=extra.get("rank_state") or "off",
         )
 
+    def _name_of(self, path: Path) -> str | None:
+        """The name of what lies below the storage path."""
+        below = Path(os.path.realpath(storage_path(self.storage_path)))
+        real = Path(os.path.realpath(path))
+        return str(real.relative_to(below)) if below in real.parents else None
+
+    def label_for(self, found: FoundModel) -> str:
+        """How the store shows a model: by its name, where it has one."""
+        return (self._name_of(found.path) if found.path else None) or found.model
+
     def model_for(self, engine_model: str) -> str:
         """What to load when the engine wants a model: the option's, or the engine's own.
 
@@ -119,10 +129,8 @@ class EngineOptions:
         if _has_weights(path):
             # As a path: an engine prefers the directory to what has its name elsewhere.
             return engine_model if looks_like_path(engine_model) else f"./{engine_model}"
-        below = Path(os.path.realpath(storage_path(self.storage_path)))
-        real = Path(os.path.realpath(path))
-        if below in real.parents:
-            return str(real.relative_to(below))
+        if (name := self._name_of(path)) is not None:
+            return name
         place = find_source(path)
         return place.name if place.origin is not None else engine_model
 
@@ -201,7 +209,7 @@ class EngineWeights:
             options: The user's.
             rank: Which of the processes on this machine that load the same model this one is.
             ranks: How many they are. They share the page cache, and each reads a part ahead.
-            label: How the store shows the model; as ``found`` calls it when not given.
+            label: How the store shows the model; by its name when not given.
 
         Raises:
             StoreError: A store is required, and cannot serve the load.
@@ -217,7 +225,7 @@ class EngineWeights:
             storage_path=options.storage_path,
             store=options.store,
             socket=options.socket,
-            label=label,
+            label=label or options.label_for(found),
             options=choice,
         )
         self.stats: LoadStats = loaded.stats

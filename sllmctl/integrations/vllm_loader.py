@@ -129,7 +129,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         found = find_model(self._options, model_config.model)
         state = self._find_rank_state(found, model_config)
         if state is not None:
-            label = f"{found.model}, {state.path.name if state.path else ''}"
+            label = f"{self._options.label_for(found)}, {state.path.name if state.path else ''}"
             self._weights = EngineWeights(state, self._options, label=label)
         else:
             self._weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)

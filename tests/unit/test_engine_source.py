@@ -101,6 +101,14 @@ def test_a_directory_without_weights_below_the_storage_path_goes_by_its_name(
     assert EngineOptions.parse({}).model_for(str(bare(storage / "org" / "gone"))) == "org/gone"
 
 
+def test_the_store_shows_a_path_below_the_storage_path_by_its_name(storage: Path) -> None:
+    options = EngineOptions.parse({})
+    found = find_model(options, str(storage / "org" / "tiny"))
+    assert options.label_for(found) == "org/tiny"
+    elsewhere = write_checkpoint(storage.parent / "else", {"model.safetensors": TENSORS})
+    assert options.label_for(find_model(options, str(elsewhere))) == str(elsewhere)
+
+
 def test_a_snapshot_in_a_hub_cache_goes_by_its_name(storage: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("0123456789" * 4)
     assert EngineOptions.parse({}).model_for(str(bare(snapshot))) == "org/tiny"
