@@ -121,9 +121,9 @@ def paragraphs() -> Iterator[str]:
     )
     yield from map(_join, _plain(opening[1]).split("\n\n")[1:])
     yield (
-        "In this version one backend is compiled in, `cpu`. Jobs that fill a device through a ring "
-        "are complete, and tested with a device that exists in the tests alone; neither the "
-        "command line nor Python uses them yet, nor segments."
+        "Three backends are compiled in: `cpu`, `npu` and `cuda`. The last two look for their "
+        "runtime library when a device is opened. Their tests run on emulated runtimes: nothing "
+        "here has been measured on an NPU."
     )
     yield "## Example"
     yield EXAMPLE

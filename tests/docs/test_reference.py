@@ -71,7 +71,7 @@ VARIABLE = re.compile(r"(?<![\w/])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w(])")
 READ_BY_RICH = {"NO_COLOR"}
 # Proxy variables are put together from a scheme and these endings.
 PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
-NO_VARIABLES = {*DTYPE_BITS, "SC_PAGESIZE"}
+NO_VARIABLES = {*DTYPE_BITS, "SC_PAGESIZE", "PAGE_BYTES"}
 
 
 def strings_of(path: Path) -> Iterator[str]:
