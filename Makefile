@@ -44,9 +44,10 @@ test-quick: setup ## unit tests alone: seconds
 QUANTIZERS := $(VENV)/overlays/quantizers
 TRANSFORMERS_4 := $(VENV)/overlays/transformers-4
 MODEL_TESTS := $(addprefix tests/integrations/,test_load_model.py test_misfits.py test_quantized.py \
-	test_answer.py test_loaded_tensors.py test_save_model.py every_architecture.py)
+	test_answer.py test_loaded_tensors.py test_save_model.py test_lora.py test_zero_copy.py \
+	every_architecture.py)
 
-$(VENV)/overlays/%/.ready:
+$(QUANTIZERS)/.ready $(TRANSFORMERS_4)/.ready:
 	@$(PIP) install --quiet --no-deps --upgrade --target $(@D) $(PACKAGES)
 	@touch $@
 

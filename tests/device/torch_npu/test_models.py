@@ -69,6 +69,16 @@ def test_a_model_is_the_same_on_npus(
     assert all(device.startswith("npu:") for device in devices)
 
 
+def test_a_load_takes_the_memory_of_the_weights_once(model_path: Any) -> None:
+    nbytes = open_checkpoint(model_path("llava")).nbytes
+    torch.empty(1, device="npu:0")  # there are no figures before the first of all
+    torch.npu.reset_peak_memory_stats(0)
+    before = torch.npu.memory_allocated(0)
+    model = on_devices(model_path("llava"), "llava", "npu:0")
+    peak = torch.npu.max_memory_allocated(0) - before
+    assert sum(p.nbytes for p in model.parameters()) <= peak < 1.1 * nbytes + BUFFER_BYTES
+
+
 def test_auto_spreads_a_model_over_all_npus(model_path: Any) -> None:
     model = load_model(model_path("qwen3"))
     assert {str(p.device) for p in model.parameters()} == {"npu:0", "npu:1"}
