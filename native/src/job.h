@@ -59,6 +59,8 @@ struct sllm_job {
     sllm_error failure; /* the first; status SLLM_OK: none */
 };
 
+/* Of a job whose threads are gone, or that half came to be. */
+void sllmi_job_free(sllm_job *job);
 /* Record the first failure and stop everything. */
 void sllmi_job_fail(sllm_job *job, const sllm_error *failure);
 

@@ -12,6 +12,10 @@
 #include "os.h"
 #include "ring.h"
 
+/* How long a copier waits for a copy before it looks for the next slot: a device whose queue runs dry
+ * idles. */
+#define COPY_WAIT_MS 1u
+
 static void name_thread(const char *role, uint32_t index)
 {
     char name[16]; /* the kernel keeps 15 characters */
@@ -201,8 +205,7 @@ static sllm_status copy_all(struct copier *copier, sllmi_worker *worker, sllm_er
                 return status;
             }
         } else if (copier->count > 0) {
-            sllm_status status =
-                copier->ops->wait(copier->queue, oldest->fence, SLLMI_POLL_MS, err);
+            sllm_status status = copier->ops->wait(copier->queue, oldest->fence, COPY_WAIT_MS, err);
             if (status == SLLM_OK) {
                 land(copier, true);
             } else if (status != SLLM_E_BUSY) {

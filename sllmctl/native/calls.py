@@ -35,7 +35,7 @@ HINTS: dict[int, str] = {
     lib.SLLM_E_NO_DEVICE: "run `sllmctl doctor`: it says what a device lacks here",
     lib.SLLM_E_DEVICE: "run `sllmctl doctor`: it looks at device, driver and runtime library",
     lib.SLLM_E_FORKED: "start worker processes with `spawn`, and open devices in them",
-    lib.SLLM_E_TIMEOUT: "the disk or its server does not answer: look at `dmesg` and the mount",
+    lib.SLLM_E_TIMEOUT: "the disk, its server or the device does not answer: look at `dmesg`",
 }
 
 
