@@ -31,8 +31,8 @@ def write_plain(path: Path, nbytes: int, tensors: int, *, seed: int = 0) -> Path
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGN)
-    block = memoryview(random.Random(seed).randbytes(_BLOCK_BYTES))
     left = 2 * values * tensors
+    block = memoryview(random.Random(seed).randbytes(min(left, _BLOCK_BYTES)))
     with (path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         while left:

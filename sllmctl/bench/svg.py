@@ -45,7 +45,7 @@ def chart(title: str, groups: list[dict[str, Any]], *, dark: bool = True) -> str
         dark: Whether the chart follows the reader's dark mode.
     """
     parts: list[str] = []
-    y = MARGIN + HEAD_HEIGHT
+    y = MARGIN + 2 * HEAD_HEIGHT
     for group in groups:
         rows = [row for row in group["rows"] if figure(row, group["measure"])]
         if not rows:
@@ -71,14 +71,14 @@ def chart(title: str, groups: list[dict[str, Any]], *, dark: bool = True) -> str
 
 
 def _legend() -> Iterator[str]:
-    x = WIDTH - MARGIN - 300
+    x, y = MARGIN, MARGIN + 24
     for kind, text, width in (
         ("ours", "sllmctl", 80),
         ("peer", "others", 76),
         ("limit", "the machine's limit", 0),
     ):
-        yield f'  <rect class="{kind}" x="{x}" y="{MARGIN - 2}" width="12" height="12" rx="2"/>'
-        yield f'  <text class="small" x="{x + 17}" y="{MARGIN + 8}">{text}</text>'
+        yield f'  <rect class="{kind}" x="{x}" y="{y - 10}" width="12" height="12" rx="2"/>'
+        yield f'  <text class="small" x="{x + 17}" y="{y}">{text}</text>'
         x += width
 
 

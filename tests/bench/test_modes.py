@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sllmctl.bench.plain import write_plain
 from sllmctl.bench.rows import Bench, Group
 from sllmctl.bench.ways import Subject
 from sllmctl.core.checkpoint import open_checkpoint
+from tests.docs.test_json import PAGE, documented
 from tests.models import make_model
 
 ENVIRONMENT = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -245,3 +247,14 @@ def test_a_plain_checkpoint_has_the_tensors_that_were_asked_for(tmp_path: Path) 
     checkpoint = open_checkpoint(write_plain(tmp_path / "m", 50_000_000, 300))
     assert len(checkpoint.tensors) == 300
     assert checkpoint.nbytes == pytest.approx(50_000_000, rel=1e-4)
+
+
+def test_the_document_has_the_fields_that_the_page_lists(document: dict[str, Any]) -> None:
+    section = PAGE.read_text().partition("## `sllmctl.bench/1`")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`(\w+)`", section))
+    assert set(document) | {"compared_with"} == documented("sllmctl.bench/1")
+    row = document["groups"][0]["rows"][0]
+    parts = [document["checkpoint"], document["groups"][0], row, document["budgets"][0]]
+    parts += [row["samples"][0], row["figures"], row["figures"]["ready_s"]]
+    for part in parts:
+        assert set(part) <= listed, set(part) - listed
