@@ -110,6 +110,18 @@ def test_experts_of_other_ranks_are_left_out(workers: Workers, playground: Playg
     assert len(expected) == 1 or expected[0]["tensors"] != expected[1]["tensors"]
 
 
+def test_each_stage_of_a_pipeline_takes_its_layers(
+    workers: Workers, playground: Playground
+) -> None:
+    stages = len(workers.logs)
+    expected = workers.run(playground.source("llama"), stages=stages)
+    playground.variant(f"staged-{stages}", "llama")
+    for use in ("auto", "require"):
+        extra = ours(model=f"staged-{stages}", rank_state=use)
+        assert workers.run(playground.bare("llama"), **extra, stages=stages) == expected
+    assert stages == 1 or expected[0]["tensors"].keys() != expected[1]["tensors"].keys()
+
+
 def test_weights_are_reloaded_in_place(workers: Workers, playground: Playground) -> None:
     playground.converted("qwen3")
     for answer in workers.run(playground.bare("qwen3"), **ours(model="qwen3"), reload=""):

@@ -1,9 +1,9 @@
 """One rank of a real vLLM without its scheduler: models are built and filled, one after the other.
 
-``python vllm_worker.py RANK RANKS RENDEZVOUS`` reads jobs from stdin, one JSON
-object a line (arguments of ``EngineArgs``, ``reload`` and ``draft``), and answers each with a line
-of JSON: what the model's tensors are, or the error that the load ended with. vLLM takes 15 s to
-import and 100 ms to fill a tiny model: this is how many of them can be tried.
+``python vllm_worker.py RANK RANKS RENDEZVOUS`` reads jobs from stdin, one JSON object a line
+(arguments of ``EngineArgs``; ``reload``, ``draft``, ``stages``), and answers each with a line of
+JSON: what the model's tensors are, or the error that the load ended with. vLLM takes 15 s to import
+and 100 ms to fill a tiny model: this is how many of them can be tried.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
     ready = False
     for line in sys.stdin:
         job: dict[str, Any] = json.loads(line)
-        again, draft = job.pop("reload", None), job.pop("draft", None)
+        again, draft, stages = job.pop("reload", None), job.pop("draft", None), job.pop("stages", 1)
         answer: dict[str, Any] = {"rank": rank}
         try:
             config = EngineArgs(
                 **{"enforce_eager": True, "max_model_len": 128, "dtype": "bfloat16", **job},
-                tensor_parallel_size=ranks,
+                tensor_parallel_size=ranks // stages,
+                pipeline_parallel_size=stages,
                 disable_log_stats=True,
             ).create_engine_config()
             with set_current_vllm_config(config):
@@ -65,7 +66,7 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
                     ready = True
                 # Anew for each: which groups there are depends on the model.
                 destroy_model_parallel()
-                initialize_model_parallel(ranks, 1)
+                initialize_model_parallel(ranks // stages, stages)
                 model = get_model(vllm_config=config)
                 answer["tensors"] = digests(model)
                 if draft is not None:
