@@ -190,7 +190,6 @@ class EngineWeights:
     Attributes:
         found: What is loaded.
         stats: What the load did.
-        addresses: Where the storages of its tensors start.
     """
 
     def __init__(
@@ -230,9 +229,6 @@ class EngineWeights:
         )
         self.stats: LoadStats = loaded.stats
         self._tensors = loaded.tensors
-        self.addresses = frozenset(
-            tensor.untyped_storage().data_ptr() for tensor in loaded.tensors.values()
-        )
         if ranks > 1 and found.checkpoint is not None and not self.stats.store_bytes:
             _read_ahead(found.checkpoint.shards, rank, ranks)
 
