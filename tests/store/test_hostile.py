@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from contextlib import suppress
 
 import pytest
 
-from sllmctl.errors import StoreError
+from sllmctl.errors import StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.protocol import encode
 from tests.store.conftest import MIB, RunningStore
@@ -93,3 +94,29 @@ class TestRights:
             with pytest.raises(StoreError, match="is not open for reading"):
                 client.receive()
         os.close(fd)
+
+    def test_a_client_that_detaches_before_it_takes_its_segments_gets_none(
+        self, store: RunningStore, make_model: MakeModel
+    ) -> None:
+        """Sent later, they could hold another model's bytes by then."""
+        path = make_model("m")
+        load(store, path)
+        gc.collect()
+        shards = sorted(path.glob("*.safetensors"))
+        fds = [os.open(shard, os.O_RDONLY) for shard in shards]
+        client = StoreClient(store.socket)
+        client.send_shards([shard.name for shard in shards], fds)
+        for fd in fds:
+            os.close(fd)
+        for _ in range(1000):  # more answers than the socket takes
+            client.send({"op": "status"})
+        client.send({"op": "attach", "label": "m"})
+        client.send({"op": "detach"})
+        # Only when both have been handled is anything taken.
+        store.wait_for(lambda status: status["counters"]["loads"] == 2 and not status["leases"])
+        messages = []
+        with suppress(StoreUnreachable):
+            while True:
+                messages.append(client.receive())
+        assert {message["event"] for message, _ in messages} == {"status"}
+        assert not any(parts for _, parts in messages)
