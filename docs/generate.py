@@ -99,7 +99,9 @@ def _parameters(function: Callable[..., Any]) -> Iterator[Parameter]:
         names = tuple(n for n in declared if isinstance(n, str) and n.startswith("-"))
         value = info.metavar if info.metavar is not None else _value(kind)
         if isinstance(info, ArgumentInfo):
-            names, value = (value,), ""
+            value += "..." if "list" in str(kind) else ""
+            required = parameter.default is inspect.Parameter.empty
+            names, value = (value if required else f"[{value}]",), ""
         yield Parameter(names, value, meaning, default)
 
 

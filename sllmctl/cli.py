@@ -25,7 +25,14 @@ P = ParamSpec("P")
 
 app = typer.Typer(
     name="sllmctl",
-    help="Get model weights into an accelerator as fast as the hardware allows.",
+    help="""Get model weights into an accelerator as fast as the hardware allows.
+
+    Examples:
+
+      sllmctl doctor
+
+      sllmctl convert Qwen/Qwen3-8B
+    """,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -44,7 +51,12 @@ def _main(
     verbose: Annotated[
         int,
         typer.Option(
-            "--verbose", "-v", count=True, help="Log to stderr; twice for more.", metavar=""
+            "--verbose",
+            "-v",
+            count=True,
+            help="Log to stderr; twice for more.",
+            metavar="",
+            show_default=False,
         ),
     ] = 0,
     debug: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.commands.options import AsJson, StoragePath, quiet_option
 from sllmctl.console import Console
 from sllmctl.core.units import format_seconds, parse_size
 
@@ -46,12 +46,12 @@ class Only(str, Enum):
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL...]", help="A checkpoint; without it, one is generated."),
+        typer.Argument(metavar="MODEL", help="A checkpoint; without it, one is generated."),
     ] = None,
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="Size of the generated checkpoint.")
     ] = "1GB",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples a row.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples of each row.")] = 5,
     mode: Annotated[
         Mode,
         typer.Option(
@@ -70,7 +70,7 @@ def bench(
         typer.Option(
             "--output",
             metavar="DIR",
-            help="Write results.json, report.html and a chart a mode there.",
+            help="Write results.json, report.html and charts there.",
             show_default=False,
         ),
     ] = None,
@@ -85,9 +85,11 @@ def bench(
     ] = None,
     storage_path: StoragePath = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the number of missed budgets")] = False,
 ) -> None:
-    """Measure every way to load a checkpoint here, side by side with the machine's limits.
+    """Measure every way to load a checkpoint here.
+
+    The figures stand side by side, with the limits of the machine.
 
     Examples:
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.commands.options import AsJson, StoragePath, quiet_option
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
 
@@ -68,11 +68,11 @@ def convert(
     storage_path: StoragePath = None,
     dtype: Annotated[
         Dtype,
-        typer.Option("--dtype", help="Cast the weights of the model's main floating dtype."),
+        typer.Option("--dtype", help="What weights of the main floating dtype become."),
     ] = Dtype.KEEP,
     format_: Annotated[
         Format,
-        typer.Option("--format", help="Of the weights; sllm-store for those who run its server."),
+        typer.Option("--format", help="How weights are stored; sllm-store is for its own server."),
     ] = Format.SAFETENSORS,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights.")
@@ -136,15 +136,17 @@ def convert(
         typer.Option("--no-verify", help="Do not read back what was written."),
     ] = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the path")] = False,
 ) -> None:
-    """Convert a model for fast loading: download it if need be, convert it, verify it.
+    """Convert a model for fast loading, and verify the result.
+
+    A model on a hub is downloaded first.
 
     Examples:
 
       sllmctl convert Qwen/Qwen3-8B
 
-      sllmctl convert ./my-finetune --dtype bfloat16 --output ./models/me/my-finetune
+      sllmctl convert ./my-finetune --dtype bfloat16 --output ./my-bf16
     """
     from sllmctl import api
 

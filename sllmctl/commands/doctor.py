@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sllmctl.commands.options import AsJson, Quiet
+from sllmctl.commands.options import AsJson, quiet_option
 
 
 def doctor(
@@ -51,7 +51,12 @@ def doctor(
         str, typer.Option("--served-model", metavar="NAME", help="The model name that clients use.")
     ] = "",
     source: Annotated[
-        str, typer.Option("--source", metavar="DIR", help="The source of sllm-store, to build it.")
+        str,
+        typer.Option(
+            "--source",
+            metavar="DIR",
+            help="Source of sllm-store or sgl-kernel-npu, to be built here.",
+        ),
     ] = "",
     lang: Annotated[
         str, typer.Option("--lang", metavar="en|zh", help="Language. [default: the locale's]")
@@ -85,9 +90,11 @@ def doctor(
         bool, typer.Option("--verbose", "-v", help="Show what passed, too.")
     ] = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the verdict")] = False,
 ) -> None:
-    """Say what is here, what does not fit together, and what to do; exit 3 if something fails.
+    """Say what does not fit together here, and what to do.
+
+    Exits with 3 if something fails.
 
     Examples:
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllmctl.commands.options import AsJson, ChunkSize, Quiet, StoragePath, Threads
+from sllmctl.commands.options import AsJson, ChunkSize, StoragePath, Threads, quiet_option
 from sllmctl.commands.options import Socket as SocketPath
 from sllmctl.console import Console, Format
 from sllmctl.core.units import format_rate, format_seconds, format_size
@@ -68,7 +68,7 @@ def load(
     chunk_size: ChunkSize = None,
     storage_path: StoragePath = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the seconds")] = False,
 ) -> None:
     """Load a checkpoint, time each stage, and prove that it works.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sllmctl.commands.options import AsJson, Quiet, Socket, StoragePath
+from sllmctl.commands.options import AsJson, Socket, StoragePath, quiet_option
 from sllmctl.console import Console
 from sllmctl.core.units import format_size
 from sllmctl.errors import CheckpointError, StoreError
@@ -52,9 +52,11 @@ def ls(
     storage_path: StoragePath = None,
     socket: Socket = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the names")] = False,
 ) -> None:
-    """List the checkpoints in the storage path: size, tensors, warmth, element types, state.
+    """List the checkpoints in the storage path.
+
+    It shows size, tensors, how much is warm, element types and state.
 
     Examples:
 

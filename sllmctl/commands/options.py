@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,15 +17,21 @@ StoragePath = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Write one value only.")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", help="Reader threads, 1 to 64.", show_default=False),
+    typer.Option(
+        "--threads",
+        help="Reader threads, 1 to 64. [default: $SLLMCTL_THREADS, 8]",
+        show_default=False,
+    ),
 ]
 ChunkSize = Annotated[
     str | None,
     typer.Option(
-        "--chunk-size", help="Largest read, such as 16MiB.", show_default=False, metavar="SIZE"
+        "--chunk-size",
+        metavar="SIZE",
+        help="Largest read. [default: $SLLMCTL_CHUNK_SIZE, 8MiB]",
+        show_default=False,
     ),
 ]
 Socket = Annotated[
@@ -37,3 +43,8 @@ Socket = Annotated[
         show_default=False,
     ),
 ]
+
+
+def quiet_option(value: str) -> Any:
+    """`--quiet`, for a command that prints this one value then."""
+    return typer.Option("--quiet", "-q", help=f"Print {value}, and nothing else.")

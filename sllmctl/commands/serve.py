@@ -80,7 +80,7 @@ def serve(
         bool, typer.Option("--json-logs", help="Log JSON to stderr, an object a line.")
     ] = False,
 ) -> None:
-    """Keep checkpoints warm in host memory, for every process on this machine.
+    """Keep checkpoints warm in memory, for every process here.
 
     Runs in the foreground until SIGTERM or Ctrl-C.
 

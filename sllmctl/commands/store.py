@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sllmctl.commands.options import AsJson, Quiet, Socket
+from sllmctl.commands.options import AsJson, Socket, quiet_option
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError, SllmError, StoreUnreachable
@@ -19,11 +19,11 @@ _WATCH_EVERY_S = 1.0
 
 def status(
     socket: Socket = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the bytes in use")] = False,
 ) -> None:
-    """Show the store: its pool, its models and how warm they are, and who uses them.
+    """Show the store: its pool, its models, and who uses them.
 
     Examples:
 
@@ -52,20 +52,20 @@ def status(
 
 def warm(
     models: Annotated[
-        list[str], typer.Argument(metavar="NAME...", help="Names below the store's storage path.")
+        list[str], typer.Argument(metavar="NAME", help="Names below the store's storage path.")
     ],
     pin: Annotated[bool, typer.Option("--pin", help="Keep them until they are evicted.")] = False,
     socket: Socket = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the warm bytes")] = False,
 ) -> None:
-    """Bring checkpoints into the store, so that their next load is warm.
+    """Bring checkpoints into the store: their next load is warm.
 
     Examples:
 
       sllmctl warm Qwen/Qwen3-8B
 
-      sllmctl warm Qwen/Qwen3-8B --pin
+      sllmctl warm Qwen/Qwen3-8B Qwen/Qwen3-4B --pin
     """
     from sllmctl.store import manage
 
@@ -110,12 +110,14 @@ def _warm_line(row: dict[str, Any]) -> str:
 
 def evict(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME...]", help="As `status` shows them.")
+        list[str] | None, typer.Argument(metavar="NAME", help="As `status` shows them.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every model not in use.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every model that is neither in use nor pinned.")
+    ] = False,
     socket: Socket = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("the bytes given back")] = False,
 ) -> None:
     """Give the memory of checkpoints back to the pool. A model in use is refused.
 

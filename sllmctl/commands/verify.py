@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sllmctl.commands.options import AsJson, Quiet, StoragePath
+from sllmctl.commands.options import AsJson, StoragePath, quiet_option
 from sllmctl.console import Console
 from sllmctl.core.units import format_rate, format_seconds, format_size
 
@@ -23,7 +23,7 @@ def verify(
     ],
     storage_path: StoragePath = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, quiet_option("ok, or the number of problems")] = False,
 ) -> None:
     """Find every damaged byte of a checkpoint; exit 3 if there is one.
 

@@ -45,6 +45,21 @@ def test_help_and_page_have_the_same_options(command: generate.Command) -> None:
     assert options - {"--help"} == {name for name in listed if name.startswith("--")}
 
 
+@pytest.mark.parametrize("command", generate.commands(), ids=lambda command: command.name)
+def test_examples_in_help_stand_on_one_line_each_at_80_columns(command: generate.Command) -> None:
+    shown = CliRunner().invoke(cli.app, [command.name, "--help"], terminal_width=80).output
+    assert len(command.examples) == 2
+    assert set(command.examples) <= {line.strip() for line in shown.splitlines()}
+
+
+def test_the_list_of_commands_cuts_no_sentence_at_80_columns() -> None:
+    shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=80).output
+    for command in generate.commands():
+        (line,) = re.findall(rf"^  {command.name} +(.*)$", shown, re.MULTILINE)
+        assert command.summary.startswith(line)
+        assert line.endswith(".") and not line.endswith("...")
+
+
 def test_help_and_page_have_the_same_commands() -> None:
     shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=200).output
     names = re.findall(r"^  ([a-z-]+) ", shown.partition("\nCommands:")[2], re.MULTILINE)
@@ -111,6 +126,9 @@ def test_defaults_in_the_environment_page_are_those_of_the_native_library() -> N
     (chunk,) = re.findall(r"chunk_bytes;\s+/\* .*?; 0: (\d+) MiB \*/", header)
     assert f"1 to 64; `load --threads` | {threads} |" in page
     assert f"`load --chunk-size` | `{chunk}MiB` |" in page
+    help_of_load = generate.cli_page()
+    assert f"`$SLLMCTL_THREADS`, `{threads}` |" in help_of_load
+    assert f"`$SLLMCTL_CHUNK_SIZE`, `{chunk}MiB` |" in help_of_load
 
 
 # ---- Python ------------------------------------------------------------------------------------
