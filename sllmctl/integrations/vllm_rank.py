@@ -9,10 +9,14 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
+import select
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 _KEEP_IN_PYTHON = ("gguf", "bitsandbytes", "torchao")
 """Quantizations whose loaders keep more than tensors."""
 _SHOWN_LINES = 12
+SILENCE_S = 3600.0
+"""A large model takes its time between two lines of vLLM's log."""
 
 
 def rank_key(found: FoundModel, model_config: Any) -> RankKey:
@@ -149,18 +155,19 @@ def write_rank_states(
     command = [sys.executable, "-m", __name__, json.dumps(arguments)]
     last: deque[str] = deque(maxlen=_SHOWN_LINES)
     written: dict[Path, None] = {}
+    # In a session of its own: its workers end with it when we are interrupted.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.debug("%s", line.rstrip())
-                last.append(line.rstrip())
+            for line in _lines(process, silence_s=SILENCE_S):
+                log.debug("%s", line)
+                last.append(line)
                 if (place := _state_in(line)) is not None:
                     written[place] = None
         except BaseException:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode or len(written) < tensor_parallel_size:
         raise CheckpointError(
@@ -169,6 +176,24 @@ def write_rank_states(
             hint="the end of its log: " + " | ".join(last),
         )
     return sorted(written)
+
+
+def _lines(process: subprocess.Popen[bytes], *, silence_s: float) -> Iterator[str]:
+    """Lines of a process's output.
+
+    Raises:
+        CheckpointError: It has said nothing for so long.
+    """
+    assert process.stdout is not None
+    rest = b""
+    while True:
+        if not select.select([process.stdout], [], [], silence_s)[0]:
+            raise CheckpointError(f"vLLM has said nothing for {silence_s:.0f} s")
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
+        yield from (line.decode("utf-8", "replace").rstrip() for line in lines if line)
+        if not data:
+            return
 
 
 _MARK = "sllm rank state: "
