@@ -86,7 +86,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
         ),
         Group(
             CACHED,
-            "And when all of it is in the page cache?",
+            "How long does a load take when all of the checkpoint is in the page cache?",
             "all_s",
             [
                 *([read] if on_cpu else link),
@@ -98,7 +98,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
         ),
     ]
     if on_cpu:
-        title = "And when the process wants memory of its own, with the page cache full?"
+        title = "How long does a load into private memory take, with the page cache full?"
         cases = [copy, *_cases(private, subject, cache.make_hot, pretouch)]
         groups.append(Group(PRIVATE, title, "ready_s", cases, nbytes, (COPY,), ways.PREAD.name))
     return groups
@@ -140,7 +140,7 @@ def store_groups(subject: Subject, cache: PageCache, store: Store) -> list[Group
         ),
         Group(
             WARM,
-            "And every load after it, with the page cache empty?",
+            "What does every later load through the store cost, with the page cache empty?",
             "all_s",
             [*([read] if on_cpu else link), *later, *others],
             nbytes,
