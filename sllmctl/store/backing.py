@@ -50,8 +50,8 @@ def memory_files(pool_bytes: int, segment_bytes: int) -> Backing:
 def choose_backing(pool_bytes: int, segment_bytes: int) -> Backing:
     """Memory files if they get huge pages; else files of a tmpfs if those do; else memory files.
 
-    Huge pages take half the time to supply, and a client that maps them has two thirds of the
-    time to its first look at every byte, and next to none to unmap them.
+    Huge pages take six tenths of the time to supply, and a client that maps them two thirds of the
+    time for its first look at every byte, and next to none to unmap them.
     """
     memory = memory_files(pool_bytes, segment_bytes)
     if memory.page_bytes >= HUGE_BYTES:
