@@ -118,7 +118,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app()
+        # Named, because the completion of `python -m sllmctl` would else be one for python.
+        app(prog_name="sllmctl")
     except SllmError as exc:
         if debug:
             raise
