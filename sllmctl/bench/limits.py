@@ -18,6 +18,7 @@ from sllmctl.bench.measure import (
     synchronize,
     touch,
 )
+from sllmctl.core.devices import find_device
 from sllmctl.native import Memory
 
 BLOCK_BYTES = 16 * 2**20
@@ -92,6 +93,7 @@ def pinned_to_device(nbytes: int, device: str) -> Sample:
     """Copy page-locked memory to a device, from a few slots that are there: the link's limit."""
     import torch
 
+    find_device(device)
     slot_bytes = min(nbytes, BLOCK_BYTES)
     slots = [
         torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(PINNED_SLOTS)

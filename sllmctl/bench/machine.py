@@ -6,12 +6,17 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from sllmctl.bench.measure import Sample, run_forked
 from sllmctl.bench.ways import PEERS, version_of
+from sllmctl.core.devices import find_device
 from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.units import format_size
+from sllmctl.errors import DeviceUnavailable, SllmError
 
+_DEVICE_DEADLINE_S = 120.0
 _LIBRARIES = ("torch", "numpy", "accelerate", "torch_npu", "vllm", "sglang")
 
 
@@ -20,6 +25,9 @@ def describe(path: Path, device: str = "cpu") -> dict[str, str]:
 
     Returns:
         Lines for people by what they are about, without those that the system does not tell.
+
+    Raises:
+        DeviceUnavailable: The device is not there.
     """
     lines = {
         "processor": _processor(),
@@ -68,15 +76,21 @@ def _memory() -> str:
 
 
 def _device(device: str) -> str:
-    kind = device.partition(":")[0]
-    if kind == "cpu":
+    if device == "cpu":
         return ""
+    # In a child: what has used a device cannot be forked any more.
+    try:
+        sample = run_forked(partial(_device_name, device), deadline_s=_DEVICE_DEADLINE_S)
+    except SllmError as exc:
+        raise DeviceUnavailable(str(exc), hint="run `sllmctl doctor`") from exc
+    return f"{device}: {sample.check}"
+
+
+def _device_name(device: str) -> Sample:
     import torch
 
-    try:
-        return f"{device}: {getattr(torch, kind).get_device_name(device)}"
-    except (AttributeError, RuntimeError) as exc:
-        return f"{device}: {exc}".partition("\n")[0]
+    spec = find_device(device)
+    return Sample(0.0, check=getattr(torch, spec.kind).get_device_name(spec.ordinal))
 
 
 def _pages() -> str:

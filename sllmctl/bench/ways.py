@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sllmctl import __version__, api
 from sllmctl.bench.measure import Held, Sample, measure_load
 from sllmctl.core.checkpoint import Checkpoint, open_checkpoint
+from sllmctl.core.devices import find_device
 from sllmctl.core.load import LoadOptions
 from sllmctl.errors import SllmError
 
@@ -95,6 +96,7 @@ class Way:
 
     def sample(self, subject: Subject) -> Sample:
         """Load, in this process, and read every byte."""
+        find_device(subject.device)  # torch knows an NPU only once its plugin is imported
         return measure_load(partial(self.load, subject), subject.device)
 
 
