@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,40 +95,52 @@ class DeviceLoad:
         self._readers = options.threads or READERS
         self._chunk_bytes = options.chunk_bytes or CHUNK_BYTES
         self._dtypes = {code: torch_dtype(code) for code in {e.dtype for e in self._entries}}
-        wanted = {entry.name: [placement[entry.name]] for entry in self._entries}
         self._aliases: dict[str, list[str]] = {}
         for alias, kept in checkpoint.aliases.items():
-            if kept in wanted:
-                self._aliases.setdefault(kept, []).append(alias)
-                if placement[alias] not in wanted[kept]:
-                    wanted[kept].append(placement[alias])
-        self.specs = list(dict.fromkeys(spec for specs in wanted.values() for spec in specs))
+            self._aliases.setdefault(kept, []).append(alias)
+        with collector_paused():
+            self.specs, sizes = self._assign()
+            self._slabs = [
+                Slabs(spec, one, slab_bytes=slab_bytes)
+                for spec, one in zip(self.specs, sizes, strict=True)
+            ]
+        self.nbytes = sum(map(sum, sizes))
+        """What moves; more than the tensors have where one is wanted on two devices."""
         # The host's own staging memory is not pinned, and feeds nothing but the host.
         self._pinning = max(
             self.specs, key=lambda spec: spec.kind != "cpu", default=DeviceSpec("cpu")
         )
-        sizes: list[list[int]] = [[] for _ in self.specs]
-        self._targets: list[list[_Target]] = []
-        for entry in self._entries:
-            devices = [self.specs.index(spec) for spec in wanted[entry.name]]
-            self._targets.append([_Target(n, len(sizes[n])) for n in devices])
-            for n in devices:
-                sizes[n].append(entry.nbytes)
-        self.nbytes = sum(map(sum, sizes))
-        """What moves; more than the tensors have where one is wanted on two devices."""
-        self._slabs = [
-            Slabs(spec, one, slab_bytes=slab_bytes)
-            for spec, one in zip(self.specs, sizes, strict=True)
-        ]
         self._devices = [open_device(spec) for spec in self.specs]
         self._ends = [entry.offset + entry.nbytes for entry in self._entries]
-        self._by_shard: dict[int, range] = {}
-        for position, entry in enumerate(self._entries):
-            known = self._by_shard.get(entry.shard, range(position, position))
-            self._by_shard[entry.shard] = range(known.start, position + 1)
+        shards = [entry.shard for entry in self._entries]
+        self._by_shard = {
+            shard: range(bisect_left(shards, shard), bisect_right(shards, shard))
+            for shard in set(shards)
+        }
         for spec in self.specs:
             # Torch hands out memory that work in its streams may still use; ours wait for none.
             wait_for_torch(spec)
+
+    def _assign(self) -> tuple[list[DeviceSpec], list[list[int]]]:
+        """Give every tensor a number on each device that wants it.
+
+        Returns:
+            The devices, and for each the sizes of its tensors in bytes, by number.
+        """
+        numbers: dict[DeviceSpec, int] = {}
+        sizes: list[list[int]] = []
+        self._targets: list[list[_Target]] = []
+        for entry in self._entries:
+            targets: list[_Target] = []
+            for name in (entry.name, *self._aliases.get(entry.name, ())):
+                device = numbers.setdefault(self._placement[name], len(numbers))
+                if device == len(sizes):
+                    sizes.append([])
+                if all(target.device != device for target in targets):
+                    targets.append(_Target(device, len(sizes[device])))
+                    sizes[device].append(entry.nbytes)
+            self._targets.append(targets)
+        return list(numbers), sizes
 
     def read(self, spans: Iterable[Span], done: BytesFn | None = None) -> Progress | None:
         """Bring what of the tensors lies in some spans to the devices, each byte read once.
@@ -203,17 +215,15 @@ class DeviceLoad:
         tensors: dict[str, torch.Tensor] = {}
         with collector_paused():
             for entry, targets in zip(self._entries, self._targets, strict=True):
-                made: dict[DeviceSpec, torch.Tensor] = {}
-                for device, number in targets:
-                    made[self.specs[device]] = self._slabs[device].tensor(
-                        number,
-                        entry.nbytes,
-                        self._dtypes[entry.dtype],
-                        torch_shape(entry.dtype, entry.shape),
-                        self._strides.get(entry.name),
-                    )
-                for name in (entry.name, *self._aliases.get(entry.name, ())):
-                    tensors[name] = made[self._placement[name]]
+                dtype, shape = self._dtypes[entry.dtype], torch_shape(entry.dtype, entry.shape)
+                strides = self._strides.get(entry.name)
+                made = {
+                    device: self._slabs[device].tensor(number, entry.nbytes, dtype, shape, strides)
+                    for device, number in targets
+                }
+                tensors[entry.name] = made[targets[0].device]
+                for alias in self._aliases.get(entry.name, ()):
+                    tensors[alias] = made[self.specs.index(self._placement[alias])]
         return tensors
 
     def readers(self, shards: int) -> list[Reader]:

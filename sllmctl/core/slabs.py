@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 from sllmctl.core.devices import DeviceSpec, check_device_memory
@@ -81,6 +83,7 @@ class Slabs:
                     "device_map",
                 ) from exc
             self._slabs.append(slab)
+        self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._addresses = [slab.data_ptr() for slab in self._slabs]
 
     def address(self, index: int) -> int:
@@ -110,6 +113,18 @@ class Slabs:
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype, device=str(self.spec))
         slab, offset = self.places[index]
-        flat = self._slabs[slab][offset : offset + nbytes].view(dtype)
-        tensor = flat.view(shape) if strides is None else flat.as_strided(shape, strides)
-        return tensor.data  # a view would share its version counter with all of the slab
+        if (slab, dtype) not in self._typed:
+            self._typed[slab, dtype] = self._slabs[slab].view(dtype)
+        whole = self._typed[slab, dtype]
+        if strides is None:
+            strides = row_major(shape)
+        # One call, for a checkpoint may have 100,000 tensors; `.data`, for a view would share its
+        # version counter with all of the slab.
+        return whole.as_strided(shape, strides, offset // dtype.itemsize).data
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor, in elements."""
+    if len(shape) == 1:
+        return (1,)
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
