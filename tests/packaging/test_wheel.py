@@ -152,4 +152,8 @@ def test_the_installed_wheel_works_without_its_source(built: Built, tmp_path: Pa
         check=False,
     )
     assert done.stderr == ""
-    assert done.stdout.split() == [str(tmp_path / "site" / "sllmctl" / "native" / "__init__.py"), "1", "5"]
+    assert done.stdout.split() == [
+        str(tmp_path / "site" / "sllmctl" / "native" / "__init__.py"),
+        "1",
+        "5",
+    ]
