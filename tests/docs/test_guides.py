@@ -25,6 +25,7 @@ IN_CHINESE = (
     "migrate-from-sllm-store.md",
     "sglang.md",
     "store.md",
+    "transformers.md",
     "vllm.md",
 )
 # These need a network, or go on until they are stopped.

@@ -275,7 +275,9 @@ def test_parallel_preparation_works_in_a_fresh_interpreter(converted: Any) -> No
     assert done.stdout.startswith("Qwen3ForCausalLM ")
 
 
-def test_parallel_preparation_makes_the_same_model(path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "t5", "llava"])
+def test_parallel_preparation_makes_the_same_model(name: str, converted: Any) -> None:
+    path = converted(name)
     assert_same_model(loaded(path, name, fully_parallel=True), reference(path, name))
 
 
