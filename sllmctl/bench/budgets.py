@@ -77,6 +77,8 @@ def _disk(groups: Sequence[Group]) -> Iterator[Budget]:
     yield _time(
         "cold load: CPU time, of the leanest peer's that reads every byte", ours, leanest, 0.5
     )
+    if _row(groups, load.CACHED, load.PINNED) is not None:
+        return  # what follows is about host memory
     peers = [way.name for way in ways.PEERS]
     ready, reference = (
         _median(groups, load.CACHED, way.name) for way in (ways.OURS, ways.SAFETENSORS)

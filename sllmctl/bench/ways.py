@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sllmctl import __version__, api
-from sllmctl.bench.measure import Held, Sample, measure_load
+from sllmctl.bench.measure import Held, Sample, measure_load, synchronize
 from sllmctl.core.checkpoint import Checkpoint, open_checkpoint
 from sllmctl.core.devices import find_device
 from sllmctl.core.load import LoadOptions
@@ -96,7 +96,12 @@ class Way:
 
     def sample(self, subject: Subject) -> Sample:
         """Load, in this process, and read every byte."""
-        find_device(subject.device)  # torch knows an NPU only once its plugin is imported
+        spec = find_device(subject.device)  # torch knows an NPU only once its plugin is imported
+        if spec.kind != "cpu":
+            import torch
+
+            torch.zeros(1, device=subject.device)  # whoever comes first sets the device up
+            synchronize(subject.device)
         return measure_load(partial(self.load, subject), subject.device)
 
 
