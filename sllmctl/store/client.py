@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -126,6 +127,7 @@ class StoreClient:
 
 def _connect(paths: Sequence[Path]) -> socket.socket:
     reasons = []
+    hint = "start one with `sllmctl serve`, or name its socket with SLLMCTL_SOCKET"
     for path in paths:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(CONNECT_DEADLINE_S)
@@ -134,10 +136,12 @@ def _connect(paths: Sequence[Path]) -> socket.socket:
         except OSError as exc:
             sock.close()
             reasons.append(f"`{path}`: {exc.strerror or exc}")
+            if exc.errno == errno.EACCES:
+                hint = "it serves its own user, and with `sllmctl serve --group` a group's members"
             continue
         sock.settimeout(ANSWER_DEADLINE_S)
         return sock
     raise StoreUnreachable(
         f"no store answers at {', '.join(reasons)}",
-        hint="start one with `sllmctl serve`, or name its socket with SLLMCTL_SOCKET",
+        hint=hint,
     )

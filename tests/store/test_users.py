@@ -64,7 +64,7 @@ def ask_as(user: int, groups: list[int], store: RunningStore, request: str) -> s
         "import encodings.idna, json, os, sys; from pathlib import Path\n"
         f"from sllmctl.store.client import StoreClient; {become(user, groups)}\n"
         "try: print(StoreClient(Path(sys.argv[1])).ask(json.loads(sys.argv[2])))\n"
-        "except Exception as exc: print('refused:', exc)"
+        "except Exception as exc: print('refused:', exc, exc.hint)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(store.socket), request],
@@ -83,7 +83,8 @@ def test_another_user_cannot_connect(
     start_store: Callable[..., RunningStore], open_to_all: Path
 ) -> None:
     store = start_store(directory=open_to_all)
-    assert "Permission denied" in ask_as(STRANGER, [GROUP], store, STATUS)
+    refused = ask_as(STRANGER, [GROUP], store, STATUS)
+    assert "Permission denied" in refused and "--group" in refused
     assert "sllmctl.status/1" in ask_as(0, [], store, STATUS)
 
 
