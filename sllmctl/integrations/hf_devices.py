@@ -110,7 +110,40 @@ def place_model(
                 f"device_map says nothing about `{name}`",
                 hint='add "" to it, for all that no other entry names',
             )
-    return ModelPlaces(modules, rename=_renaming(model))
+    return ModelPlaces(_whole_modules(model, modules), rename=_renaming(model))
+
+
+def _whole_modules(
+    model: torch.nn.Module, modules: Mapping[str, DeviceSpec]
+) -> dict[str, DeviceSpec]:
+    """The same map by the largest modules that are on one device each, none inside another.
+
+    accelerate puts all that is below a module of the map where that is, whatever else the map says.
+    """
+
+    def find(name: str) -> DeviceSpec | None:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return modules.get(name)
+
+    def walk(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, DeviceSpec]]:
+        tensors = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        places = {
+            name: place
+            for name in (f"{prefix}.{tensor}".lstrip(".") for tensor, _ in tensors)
+            if (place := find(name)) is not None  # a map may leave buffers out
+        }
+        if len(set(places.values())) == 1:
+            yield prefix, next(iter(places.values()))
+            return
+        yield from (item for item in places.items() if item[0].rpartition(".")[0] == prefix)
+        for name, child in module.named_children():
+            yield from walk(child, f"{prefix}.{name}".lstrip("."))
+
+    return dict(walk(model, ""))
 
 
 def _spread(model: Any, how: str, dtype: torch.dtype | str) -> dict[str, DeviceSpec]:
