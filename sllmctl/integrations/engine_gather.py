@@ -48,8 +48,11 @@ class Rows(NamedTuple):
                 merged.append((length, stride * size))
         if len(merged) > 2:
             return None
-        rows, stride_bytes = merged[1] if len(merged) == 2 else (1, merged[0][0])
-        return cls(tensor.data_ptr(), rows, merged[0][0], stride_bytes)
+        row_bytes = merged[0][0]
+        rows, stride_bytes = merged[1] if len(merged) == 2 else (1, row_bytes)
+        if stride_bytes < row_bytes:  # rows that share bytes, as a broadcast's do
+            return None
+        return cls(tensor.data_ptr(), rows, row_bytes, stride_bytes)
 
 
 class DeviceCopies:
