@@ -121,8 +121,7 @@ def require_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "there is no vLLM in this Python to make its rank state",
-            hint="run this where vLLM is installed, or install sllmctl there: "
-            "pip install 'sllmctl[vllm]'",
+            hint="run this where vLLM is installed: sllmctl belongs into the same environment",
         )
 
 
