@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -53,27 +54,32 @@ def prepare_load(
     devices = DeviceMap.parse(device_map)  # imports torch_npu where one is an NPU
     options = options or LoadOptions.choose()
     started = time.perf_counter()
-    named = None
-    try:
-        checkpoint = open_checkpoint(resolve_model(model, storage_path))
-        client = _connect(store, socket)
-    except CheckpointNotFound as exc:
-        named = _find_in_store(model, store, socket, exc)
-        checkpoint, client = named.checkpoint, named.client
-    label = label or (model if isinstance(model, str) else str(checkpoint.path))
-    opened = time.perf_counter()
-    placement = devices.place(checkpoint)
-    run: Callable[[ProgressFn | None], Loaded]
-    if all(spec.kind == "cpu" for spec in placement.values()):
-        run = partial(_load_to_host, checkpoint, options, client, store, label)
-        if named is not None:
-            run = partial(load_named, named, options)
-    elif named is not None:
-        ready = DeviceLoad(checkpoint, placement, options)
-        run = partial(load_named_to_devices, named, ready, options)
-    else:
-        ready = DeviceLoad(checkpoint, placement, options)
-        run = partial(_load_to_devices, checkpoint, ready, options, client, store, label)
+    named = client = None
+    with ExitStack() as failed:
+        try:
+            checkpoint = open_checkpoint(resolve_model(model, storage_path))
+            client = _connect(store, socket)
+        except CheckpointNotFound as exc:
+            named = _find_in_store(model, store, socket, exc)
+            checkpoint, client = named.checkpoint, named.client
+            failed.callback(named.close)
+        if client is not None:
+            failed.callback(client.close)
+        label = label or (model if isinstance(model, str) else str(checkpoint.path))
+        opened = time.perf_counter()
+        placement = devices.place(checkpoint)
+        run: Callable[[ProgressFn | None], Loaded]
+        if all(spec.kind == "cpu" for spec in placement.values()):
+            run = partial(_load_to_host, checkpoint, options, client, store, label)
+            if named is not None:
+                run = partial(load_named, named, options)
+        elif named is not None:
+            ready = DeviceLoad(checkpoint, placement, options)
+            run = partial(load_named_to_devices, named, ready, options)
+        else:
+            ready = DeviceLoad(checkpoint, placement, options)
+            run = partial(_load_to_devices, checkpoint, ready, options, client, store, label)
+        failed.pop_all()
     opened_s, planned_s = opened - started, time.perf_counter() - opened
 
     def finish(progress: ProgressFn | None) -> Loaded:
@@ -127,11 +133,13 @@ def _find_in_store(
         raise missing
     try:
         return NamedModel(client, model)
-    except StoreError as exc:
+    except BaseException as exc:
         client.close()
-        raise CheckpointNotFound(
-            f"{missing}, and the store has none: {exc}", hint=missing.hint
-        ) from exc
+        if isinstance(exc, StoreError):
+            raise CheckpointNotFound(
+                f"{missing}, and the store has none: {exc}", hint=missing.hint
+            ) from exc
+        raise
 
 
 def _load_to_host(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from sllmctl import api, load_tensors
 from sllmctl.core.device_load import DeviceLoad
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.placement import DeviceMap
-from sllmctl.errors import CheckpointError, CheckpointNotFound
+from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_named_to_devices
 from sllmctl.store.named import NamedModel
@@ -110,6 +111,26 @@ def test_a_name_that_nobody_knows_is_refused(store: RunningStore, make_model: Ma
     for path in (store.storage / "nobody", "../models/m", "/m"):
         with pytest.raises(CheckpointNotFound, match="there is no"):
             api.load(path, store="require", socket=store.socket)
+
+
+def test_a_load_that_is_refused_once_its_model_is_found_keeps_nothing_of_it(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    path = make_model("m")
+    warm(store, "m")
+    shutil.rmtree(path)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match="device_map") as caught:
+        api.load(
+            "m",
+            device_map={"no_such_module": "cpu"},
+            store="require",
+            socket=store.socket,
+            storage_path=store.storage.parent / "nowhere",
+        )
+    assert os.listdir("/proc/self/fd") == before
+    assert caught.value.__traceback__ is not None  # what the failure's frames hold counts
+    store.wait_for(lambda status: not status["leases"])
 
 
 def test_a_client_that_brings_the_files_of_a_name_makes_it_known_by_that_name(
