@@ -47,7 +47,7 @@ def load(
         socket: The store's, instead of the usual ones.
         label: How the store shows the model; as ``model`` says when not given.
         options: How to load; from the environment when not given.
-        progress: Called with stage ``read``.
+        progress: Called with stage ``read``, and on devices with ``verify`` where that is asked.
 
     A name whose weights are not here is asked of the store, which may see them, or have it warm.
 

@@ -285,9 +285,20 @@ class DeviceLoad:
 
 
 def complete(
-    checkpoint: Checkpoint, load: DeviceLoad, options: LoadOptions, fill: FillFn
+    checkpoint: Checkpoint,
+    load: DeviceLoad,
+    options: LoadOptions,
+    fill: FillFn,
+    progress: ProgressFn | None = None,
 ) -> Loaded:
     """Fill what was prepared, verify it where asked, and make the tensors.
+
+    Args:
+        checkpoint: What is loaded.
+        load: Its tensors.
+        options: Whether to verify.
+        fill: Brings the bytes, and tells its own progress.
+        progress: Called with stage ``verify``.
 
     Raises:
         ReadError, ChecksumMismatch, CheckpointError: As ``core.load.load`` does.
@@ -304,9 +315,14 @@ def complete(
         if options.verify:
             verifying = time.perf_counter()
             # The bytes come back from the device: what its memory holds is vouched for.
-            for check in shard_checks(checkpoint, fds, load.readers(len(checkpoint.shards))):
+            checks = shard_checks(checkpoint, fds, load.readers(len(checkpoint.shards)))
+            done, total = 0, sum(shard.size for shard in checkpoint.shards)
+            for check in checks:
                 for index in range(check.data_chunks.stop):
+                    if progress is not None:
+                        progress("verify", done + index * check.chunk_bytes, total)
                     check.check(index)
+                done += check.shard.size
             stats.verified = True
             stats.copy_s += time.perf_counter() - verifying
         built = time.perf_counter()

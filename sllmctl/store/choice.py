@@ -176,7 +176,7 @@ def _load_to_devices(
         fill = fill_through_store(
             checkpoint, ready, client, label, otherwise=otherwise, progress=progress
         )
-    return complete(checkpoint, ready, options, fill)
+    return complete(checkpoint, ready, options, fill, progress)
 
 
 def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:

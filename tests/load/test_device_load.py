@@ -18,6 +18,7 @@ from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.device_load import DeviceLoad, complete, fill_from_files
 from sllmctl.core.device_stream import stream_to_device
 from sllmctl.core.devices import DeviceSpec
+from sllmctl.core.digest import ShardCheck
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import ChecksumMismatch, ConfigError, HostMemoryError, NativeError
@@ -98,6 +99,36 @@ class TestVerify:
         file.write_bytes(raw)
         with pytest.raises(ChecksumMismatch, match=r"damaged between bytes 0 and"):
             load_staged(path, options)
+
+    def test_one_that_is_cancelled_ends_at_the_next_chunk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = api.save_tensors(
+            {str(number): torch.zeros(2**20) for number in range(16)}, tmp_path / "m"
+        )
+        checkpoint, options = open_checkpoint(path), LoadOptions(verify=True)
+        load = DeviceLoad(checkpoint, placement(path), options)
+        looked_at: list[int] = []
+
+        def check(self: ShardCheck, index: int) -> None:
+            looked_at.append(index)
+            loading.cancel()
+
+        monkeypatch.setattr(ShardCheck, "check", check)
+        started = threading.Event()
+
+        def run(progress: ProgressFn) -> Loaded:
+            started.wait()
+            fill = fill_from_files(checkpoint, load, progress)
+            return complete(checkpoint, load, options, fill, progress)
+
+        told: list[tuple[str, int, int]] = []
+        loading = Loading(run, lambda *args: told.append(args))
+        started.set()
+        with pytest.raises(NativeError, match="cancelled"):
+            loading.wait()
+        assert looked_at == [0]
+        assert told[-1] == ("verify", 0, checkpoint.shards[0].size)
 
 
 class TestRings:
