@@ -96,6 +96,9 @@ class DeviceCopies:
         if source.dtype != target.dtype:
             source = source.to(target.dtype)
         source = source.resolve_conj().resolve_neg()
+        # In the order of the target's memory, whatever the order of its dimensions.
+        order = sorted(range(target.dim()), key=target.stride, reverse=True)
+        target, source = target.permute(order), source.permute(order)
         if not target.is_contiguous():
             if target[0].numel() * target.element_size() >= _LEAST_ROW_BYTES:
                 for part, row in zip(target, source, strict=True):
@@ -129,6 +132,7 @@ class DeviceCopies:
         func: Callable[..., torch.Tensor],
         source: torch.Tensor,
         *args: object,
+        memory_format: torch.memory_format | None = None,
         **kwargs: object,
     ) -> torch.Tensor | None:
         """Do what one of ``moves`` does from host memory to an accelerator; else None."""
@@ -137,7 +141,10 @@ class DeviceCopies:
         like = func(torch.empty(0, dtype=source.dtype), *args, **kwargs)
         if not self.crosses(like, source):
             return None
-        target = torch.empty(source.shape, dtype=like.dtype, device=like.device)
+        strides = torch.empty_like(
+            source, device="meta", memory_format=memory_format or torch.preserve_format
+        ).stride()
+        target = torch.empty_strided(source.shape, strides, dtype=like.dtype, device=like.device)
         self.copy(target, source)
         return target
 

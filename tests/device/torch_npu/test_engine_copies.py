@@ -150,6 +150,31 @@ def test_every_slice_arrives_bit_by_bit_through_pinned_memory(
     assert counted["h2d_bytes"] == sum(tensor.nbytes for tensor in expected.values())
 
 
+MOVED = {
+    "turned": (torch.arange(600).view(20, 30).t(), torch.preserve_format),
+    "turned, in order": (torch.arange(600).view(20, 30).t(), torch.contiguous_format),
+    "every other column": (torch.arange(600).view(20, 30)[:, ::2], torch.preserve_format),
+    "a slice": (torch.arange(600).view(5, 6, 20)[..., 3:9].mT, torch.preserve_format),
+    "broadcast": (torch.arange(30).expand(20, 30), torch.preserve_format),
+    "channels last": (torch.arange(600).view(2, 3, 10, 10), torch.channels_last),
+    "a scalar": (torch.tensor(7), torch.preserve_format),
+    "empty": (torch.empty(3, 0, 2).mT, torch.preserve_format),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_moves_gets_the_strides_that_torch_gives_it(emulator: Emulator, name: str) -> None:
+    source, memory_format = MOVED[name]
+    with emulator.counting() as counted, WeightWrites(nn.Module()):
+        moved = source.to("npu:1", memory_format=memory_format)
+    assert moved.stride() == torch.empty_like(source, memory_format=memory_format).stride()
+    # The emulated device copies what lies in order, and turns nothing.
+    order = sorted(range(source.dim()), key=moved.stride, reverse=True)
+    assert torch.equal(moved.permute(order).cpu(), source.permute(order))
+    assert counted["async_pageable"] == 0
+    assert counted["h2d_bytes"] == moved.nbytes
+
+
 def trace_copies(path: Path, trace: Path) -> dict[str, Any]:
     """Fill a model in a process of its own, and say what its copies looked at."""
     done = subprocess.run(
