@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.errors import StoreError
+from sllmctl.errors import SllmError, StoreError
 from sllmctl.store.protocol import MAX_SHARDS, close_fds
 from sllmctl.store.residency import Identity
 
@@ -97,15 +97,18 @@ def _look_at(name: str, names: Sequence[str], fds: Sequence[int]) -> ModelFiles:
 
 
 def _is_named(storage: Path, label: str, names: Sequence[str], identity: Identity) -> bool:
-    """Whether a label is the name of these very files below the storage path."""
+    """Whether a label is the name below the storage path of these very files, and no others."""
     try:
         root, path = _beneath(storage, label)
-        for name, (device, inode, *_) in zip(names, identity, strict=True):
-            real = Path(os.path.realpath(path / name))
+        shards = open_checkpoint(path).shards
+        if [shard.path.name for shard in shards] != list(names):
+            return False
+        for shard, (device, inode, *_) in zip(shards, identity, strict=True):
+            real = Path(os.path.realpath(shard.path))
             found = real.stat()
             if root not in real.parents or (found.st_dev, found.st_ino) != (device, inode):
                 return False
-    except (OSError, ValueError, StoreError):
+    except (OSError, ValueError, SllmError):
         return False
     return True
 

@@ -17,6 +17,7 @@ from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.placement import DeviceMap
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
 from sllmctl.store.client import StoreClient
+from sllmctl.store.files import take_files
 from sllmctl.store.load import load_named_to_devices
 from sllmctl.store.named import NamedModel
 from tests.conftest import same_bits
@@ -153,6 +154,27 @@ def test_a_label_is_no_name_unless_the_files_are_those_of_the_name(
     shutil.rmtree(real)
     with pytest.raises(CheckpointNotFound, match="the store has none"):
         load(store, "real")
+
+
+def test_part_of_a_models_files_or_files_beside_it_do_not_take_its_name(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    """Such a model would take the name, and end the pin, of the one that has it."""
+    storage, path = tmp_path / "models", make_model("m", shards=2)
+    shards = sorted(path.glob("*.safetensors"))
+    beside = sorted(make_model("beside", shards=2).glob("*.safetensors"))
+    names = [shard.name for shard in shards]
+
+    def is_named(names: list[str], paths: list[Path]) -> bool:
+        files = take_files(storage, "m", names, [os.open(one, os.O_RDONLY) for one in paths])
+        files.close()
+        return files.named
+
+    assert is_named(names, shards)
+    assert not is_named(names[:1], shards[:1])
+    assert not is_named(names[::-1], shards[::-1])
+    assert not is_named([f"../beside/{name}" for name in names], beside)
+    assert not is_named(names, beside)
 
 
 def test_a_replaced_model_that_is_gone_is_the_newer_one(
