@@ -34,7 +34,8 @@ typedef struct sllmi_device_ops {
     /* SLLM_OK when the fence has passed, SLLM_E_BUSY when it has not after timeout_ms. */
     sllm_status (*wait)(void *queue, uint64_t fence, uint32_t timeout_ms, sllm_error *err);
     /* The end of all copies: SLLM_OK says that none failed, which a fence need not tell.
-     * SLLM_E_BUSY: not after timeout_ms. Any other failure: the device has given up on them. */
+     * SLLM_E_BUSY: not after timeout_ms. Any other failure: they are over, in whatever state, which
+     * a fence that cannot be made does not say. */
     sllm_status (*drain)(void *queue, uint32_t timeout_ms, sllm_error *err);
     /* A queue for a thread that is not ours and stays as it is: it has the device as its current
      * one. `stream` is the caller's, as the runtime has it; 0: a new one. */

@@ -16,6 +16,7 @@
 
 #define START_TIMEOUT_MS 120000u
 #define CALL_TIMEOUT_MS 60000u
+#define STREAM_PAUSE_NS 500000u /* between two questions whether a stream is done */
 
 static const char *const names[] = {"libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0",
                                     "libcudart.so", NULL};
@@ -378,11 +379,22 @@ static sllm_status cuda_drain(void *argument, uint32_t timeout_ms, sllm_error *e
     if (status == SLLM_OK) {
         status = cuda_wait(queue, queue->fences.last, timeout_ms, err);
     }
-    if (status == SLLM_OK) {
-        int code = queue->cuda->cudaStreamQuery(queue->stream);
-        if (code != SLLMI_CUDA_SUCCESS && code != SLLMI_CUDA_NOT_READY) {
-            status = FAIL(queue, "cudaStreamQuery", code, err);
-        }
+    if (status == SLLM_E_BUSY) {
+        return status;
+    }
+    /* After the fence it tells whether a copy failed. Without one, as when there is no event to be
+     * had, the stream's end is the copies' only known one. */
+    uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    int code = queue->cuda->cudaStreamQuery(queue->stream);
+    while (status != SLLM_OK && code == SLLMI_CUDA_NOT_READY && sllmi_now_ns() < deadline) {
+        sllmi_sleep_ns(STREAM_PAUSE_NS);
+        code = queue->cuda->cudaStreamQuery(queue->stream);
+    }
+    if (code == SLLMI_CUDA_NOT_READY && status != SLLM_OK) {
+        return sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
+    }
+    if (code != SLLMI_CUDA_SUCCESS && code != SLLMI_CUDA_NOT_READY && status == SLLM_OK) {
+        status = FAIL(queue, "cudaStreamQuery", code, err);
     }
     return status;
 }

@@ -318,6 +318,19 @@ static sllm_status npu_wait(void *argument, uint64_t fence, uint32_t timeout_ms,
     return sllmi_fences_wait(&queue->fences, fence, timeout_ms, err);
 }
 
+static sllm_status synchronize(const npu_queue *queue, uint64_t timeout_ms, sllm_error *err)
+{
+    const sllmi_acl *acl = queue->acl;
+    int code = acl->aclrtSynchronizeStreamWithTimeout != NULL
+                   ? acl->aclrtSynchronizeStreamWithTimeout(
+                         queue->stream, (int32_t)sllmi_min(timeout_ms, INT32_MAX))
+                   : acl->aclrtSynchronizeStream(queue->stream);
+    if (code == SLLMI_ACL_STREAM_SYNC_TIMEOUT) {
+        return sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
+    }
+    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtSynchronizeStream", code, err);
+}
+
 static sllm_status npu_drain(void *argument, uint32_t timeout_ms, sllm_error *err)
 {
     npu_queue *queue = argument;
@@ -326,15 +339,21 @@ static sllm_status npu_drain(void *argument, uint32_t timeout_ms, sllm_error *er
     if (status == SLLM_OK) {
         status = npu_wait(queue, queue->fences.last, timeout_ms, err);
     }
-    if (status != SLLM_OK) {
+    if (status == SLLM_E_BUSY) {
         return status;
     }
-    /* All is done: this returns at once, and alone tells of a copy that failed on the device. */
-    const sllmi_acl *acl = queue->acl;
-    int code = acl->aclrtSynchronizeStreamWithTimeout != NULL
-                   ? acl->aclrtSynchronizeStreamWithTimeout(queue->stream, CALL_TIMEOUT_MS)
-                   : acl->aclrtSynchronizeStream(queue->stream);
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtSynchronizeStream", code, err);
+    /* After the fence this returns at once, and alone tells of a copy that failed on the device.
+     * Without one, as when there is no event to be had, it is the copies' only known end. */
+    sllm_error late;
+    sllm_status end =
+        synchronize(queue, status == SLLM_OK ? CALL_TIMEOUT_MS : sllmi_max(timeout_ms, 1), &late);
+    if (end != SLLM_OK && (status == SLLM_OK || end == SLLM_E_BUSY)) {
+        status = end;
+        if (err != NULL) {
+            *err = late;
+        }
+    }
+    return status;
 }
 
 /* The rule of alignment is documented for asynchronous copies alone, and a misaligned run cannot be

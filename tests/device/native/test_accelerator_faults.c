@@ -257,6 +257,79 @@ TEST(memory_that_cannot_be_pinned_is_an_error_of_host_memory)
     load_end(&load);
 }
 
+struct held_gather {
+    sllm_device *device;
+    sllm_ring *ring;
+    const char *rule;
+};
+
+static void close_without_fences(void *argument)
+{
+    struct held_gather *test = argument;
+    sllm_gather *gather;
+    sllm_error err;
+    unsigned char *target = emulator_memory.alloc(0, 4096 + 512);
+    unsigned char *place = (unsigned char *)(((uintptr_t)target + 511) / 512 * 512);
+    unsigned char source[4096] = {1, 2, 3};
+    CHECK(emulator()->aclrtSetDevice(0) == 0);
+    CHECK_OK(sllm_gather_open(test->device, test->ring, 0, &gather, &err), &err);
+    emulator_hold(true);
+    emulator_fail(test->rule);
+    CHECK_OK(sllm_gather_copy(gather, (uint64_t)(uintptr_t)place, source, 1, 4096, 4096, 0, &err),
+             &err);
+    for (int again = 0; again < 2; again++) {
+        CHECK_STATUS(sllm_gather_close(gather, 20, &err), &err, SLLM_E_BUSY);
+    }
+    CHECK(emulator_failed());
+    emulator_hold(false);
+    CHECK_OK(sllm_gather_close(gather, 60000, &err), &err);
+    emulator_fail(NULL);
+    CHECK(memcmp(emulator_memory.look(place), source, 4096) == 0);
+    emulator_memory.free(target);
+}
+
+TEST(a_fence_that_cannot_be_had_is_no_end_of_the_copies)
+{
+    static const char *const rules[] = {"aclrtCreateEventExWithFlag:0:207007",
+                                        "aclrtRecordEvent:0:207007"};
+    sllm_error err;
+    uint64_t streams = emulator_stat("streams"), pinned = emulator_stat("pinned_bytes");
+    for (int i = 0; i < 2; i++) {
+        struct held_gather test = {.rule = rules[i]};
+        CHECK_OK(sllm_device_open(backend(), 0, &test.device, &err), &err);
+        CHECK_OK(sllm_ring_create(test.device, 65536, 2, &test.ring, &err), &err);
+        on_a_thread(close_without_fences, &test);
+        sllm_ring_destroy(test.ring);
+        sllm_device_close(test.device);
+        emulator_check();
+        CHECK_U64(emulator_stat("streams"), streams);
+        CHECK_U64(emulator_stat("pinned_bytes"), pinned);
+    }
+}
+
+TEST(a_job_whose_fences_fail_keeps_its_slots_until_the_copies_are_done)
+{
+    const uint64_t sizes[] = {8192, 0};
+    test_load load = load_of_files(sizes);
+    load_use_backend(&load, backend(), &emulator_memory, 1, 2, 8192);
+    load_add(&load, 0, 0, 0, 8192);
+    load.extents[0].target = (load.extents[0].target + 511) / 512 * 512;
+    load.extents[0].bytes = 4096;
+    emulator_hold(true);
+    emulator_fail("aclrtCreateEventExWithFlag:0:207007");
+    sllm_job *job = load_start(&load);
+    sllm_progress progress;
+    sllm_error err;
+    CHECK_STATUS(load_wait(job, &progress, &err), &err, SLLM_E_DEVICE);
+    CHECK_STATUS(sllm_job_close(job, 100, &err), &err, SLLM_E_BUSY);
+    emulator_hold(false);
+    load_close(job);
+    emulator_fail(NULL);
+    load_check_ring(&load);
+    load_end(&load);
+    emulator_check();
+}
+
 /* The last one: it spoils device 1 for this process. */
 TEST(a_device_that_failed_for_good_is_not_opened_again)
 {
