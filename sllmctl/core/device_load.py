@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from sllmctl.core.checkpoint import Checkpoint, Shard, TensorEntry
 from sllmctl.core.devices import DeviceSpec, wait_for_torch
 from sllmctl.core.digest import Reader, shard_checks
-from sllmctl.core.dtypes import torch_dtype, torch_shape
+from sllmctl.core.dtypes import torch_shape
 from sllmctl.core.header import collector_paused
 from sllmctl.core.load import Loaded, LoadOptions, LoadStats, check_stamp, open_shard, stamp_of
 from sllmctl.core.placement import Placement
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.rings import CHUNK_BYTES, READERS, borrow_ring, open_device
 from sllmctl.core.slabs import Slabs
+from sllmctl.core.tensors import tensor_dtypes
 from sllmctl.errors import ChecksumMismatch
 from sllmctl.native import Extent, Job, Progress
 
@@ -77,7 +78,7 @@ class DeviceLoad:
     Raises:
         DeviceError: A device has no room, or its runtime refuses.
         DeviceUnavailable: A device is not there.
-        CheckpointError: This torch lacks a dtype.
+        CheckpointError: This torch lacks a dtype, or cannot pack the elements of a tensor.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class DeviceLoad:
         self._placement = placement
         self._readers = options.threads or READERS
         self._chunk_bytes = options.chunk_bytes or CHUNK_BYTES
-        self._dtypes = {code: torch_dtype(code) for code in {e.dtype for e in self._entries}}
+        self._dtypes = tensor_dtypes(self._entries)
         self._aliases: dict[str, list[str]] = {}
         for alias, kept in checkpoint.aliases.items():
             self._aliases.setdefault(kept, []).append(alias)

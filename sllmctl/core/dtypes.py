@@ -95,10 +95,13 @@ def torch_shape(code: str, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the torch tensor that holds a stored tensor.
 
     ``F4`` counts single elements in the file, while torch packs two along the last axis.
+
+    Raises:
+        CheckpointError: The last axis has an odd number of them.
     """
     if code != "F4":
         return tuple(shape)
-    if not shape or shape[-1] % 2:
+    if not shape or (shape[-1] % 2 and 0 not in shape):
         raise CheckpointError(f"torch packs F4 in pairs; the last axis of {list(shape)} is odd")
     return (*shape[:-1], shape[-1] // 2)
 

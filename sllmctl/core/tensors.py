@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sllmctl.core.checkpoint import Checkpoint, TensorEntry
-from sllmctl.core.dtypes import torch_dtype
+from sllmctl.core.dtypes import torch_dtype, torch_shape
 from sllmctl.core.header import collector_paused
+from sllmctl.errors import CheckpointError
 from sllmctl.native import Memory
 
 if TYPE_CHECKING:
     import torch
 
 
-class TensorBuilder:
-    """Builds a checkpoint's tensors. Making one fails early where torch lacks a dtype.
+def tensor_dtypes(entries: Collection[TensorEntry]) -> dict[str, torch.dtype]:
+    """Torch's dtypes for the codes of tensors, all of which it can hold.
 
     Raises:
-        CheckpointError: This torch has no such dtype.
+        CheckpointError: This torch lacks a dtype, or cannot pack the elements of a tensor.
+    """
+    dtypes = {code: torch_dtype(code) for code in {entry.dtype for entry in entries}}
+    for entry in entries if "F4" in dtypes else ():
+        try:
+            torch_shape(entry.dtype, entry.shape)
+        except CheckpointError as exc:
+            raise CheckpointError(f"tensor `{entry.name}`: {exc}") from None
+    return dtypes
+
+
+class TensorBuilder:
+    """Builds a checkpoint's tensors. Making one fails early where torch cannot hold them.
+
+    Raises:
+        CheckpointError: As ``tensor_dtypes`` raises it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        codes = {entry.dtype for entry in checkpoint.tensors.values()}
-        self._dtypes = {code: torch_dtype(code) for code in codes}
+        self._dtypes = tensor_dtypes(checkpoint.tensors.values())
         self._strides = checkpoint.strides
 
     def build(
@@ -46,8 +61,8 @@ class TensorBuilder:
         with collector_paused():
             for name, code, shape, shard, offset, nbytes in entries:
                 dtype, itemsize = known[code]
-                if code == "F4":  # torch packs two elements into one of its own
-                    shape = (*shape[:-1], shape[-1] // 2)
+                if code == "F4":
+                    shape = torch_shape(code, shape)
                 if nbytes == 0:
                     tensors[name] = empty(shape, dtype=dtype)
                     continue

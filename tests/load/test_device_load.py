@@ -21,7 +21,13 @@ from sllmctl.core.devices import DeviceSpec
 from sllmctl.core.digest import ShardCheck
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.progress import ProgressFn
-from sllmctl.errors import ChecksumMismatch, ConfigError, HostMemoryError, NativeError
+from sllmctl.errors import (
+    CheckpointError,
+    ChecksumMismatch,
+    ConfigError,
+    HostMemoryError,
+    NativeError,
+)
 from sllmctl.store.client import StoreClient
 from sllmctl.store.spans import fill_through_store, store_source
 from tests.conftest import same_bits, some_tensors, write_checkpoint
@@ -74,6 +80,34 @@ def test_tied_tensors_are_one_object(tmp_path: Path) -> None:
     tensors = load_staged(tmp_path).tensors
     assert tensors["tied"] is tensors["a"]
     assert tensors["a"].tolist() == list(b"12345")
+
+
+def load_mapped(path: Path) -> Loaded:
+    return api.load(path, store="off")
+
+
+@pytest.mark.parametrize("load", [load_mapped, load_staged])
+class TestPackedInPairs:
+    def test_an_odd_axis_is_refused_by_the_tensors_name_before_anything_is_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], Loaded]
+    ) -> None:
+        header = {"a": entry("F4", [2, 4], 0, 4), "b": entry("F4", [2, 3], 4, 7)}
+        write_raw(tmp_path / "model.safetensors", header, b"1234567")
+        monkeypatch.setattr(DeviceLoad, "read", None)
+        monkeypatch.setattr("sllmctl.core.load._place", None)
+        with pytest.raises(
+            CheckpointError, match=r"tensor `b`: .* the last axis of \[2, 3\] is odd"
+        ):
+            load(tmp_path)
+
+    def test_what_has_no_elements_may_have_any_shape(
+        self, tmp_path: Path, load: Callable[[Path], Loaded]
+    ) -> None:
+        header = {"a": entry("F4", [0, 3], 0, 0), "b": entry("F4", [2, 4], 0, 4)}
+        write_raw(tmp_path / "model.safetensors", header, b"1234")
+        tensors = load(tmp_path).tensors
+        assert tensors["a"].shape == (0, 1)
+        assert tensors["b"].view(torch.uint8).tolist() == [[*b"12"], [*b"34"]]
 
 
 def test_autograd_takes_tensors_of_a_slab_for_strangers(tiny_checkpoint: Path) -> None:
