@@ -65,7 +65,9 @@ def open_named(storage: Path, name: str) -> ModelFiles:
     checkpoint = open_checkpoint(path)
     names, fds = [], []
     try:
-        for shard in checkpoint.shards[:MAX_SHARDS]:
+        if len(checkpoint.shards) > MAX_SHARDS:
+            raise StoreError(f"`{name}` has more than {MAX_SHARDS} shards")
+        for shard in checkpoint.shards:
             real = Path(os.path.realpath(shard.path))
             if root not in real.parents:
                 raise StoreError(f"`{shard.path}` leads out of `{storage}`")
@@ -74,7 +76,7 @@ def open_named(storage: Path, name: str) -> ModelFiles:
     except OSError as exc:
         close_fds(fds)
         raise StoreError(f"cannot open `{exc.filename}`: {exc.strerror}") from exc
-    except StoreError:
+    except BaseException:
         close_fds(fds)
         raise
     return replace(_look_at(name, names, fds), named=True)
@@ -89,7 +91,7 @@ def _look_at(name: str, names: Sequence[str], fds: Sequence[int]) -> ModelFiles:
     except OSError as exc:
         close_fds(fds)
         raise StoreError(f"cannot look at the files of `{name}`: {exc.strerror}") from exc
-    except StoreError:
+    except BaseException:
         close_fds(fds)
         raise
     sizes = (size for _, _, size, _, _ in identity)

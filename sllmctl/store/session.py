@@ -133,7 +133,7 @@ class Session:
         label = message.get("label")
         if not isinstance(label, str) or len(label) > 4096:
             raise StoreError("an attach without a label")
-        if self._lease is not None or not self._fds:
+        if self._lease is not None or not self._fds or len(self._fds) != len(self._names):
             raise StoreError("one attach a connection, after its shards")
         names, fds = self._names, self._fds
         self._names, self._fds = [], []
@@ -266,7 +266,8 @@ class Session:
         if self._connection.holds_segments:
             # When they are sent, they may hold another model's bytes.
             self._connection.end("it detached before it had taken its segments")
-        self._names = []
+        close_fds(self._fds)
+        self._names, self._fds = [], []
         self._connection.send({"event": "detached"})
 
     def _evict(self, message: Message) -> None:

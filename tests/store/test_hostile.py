@@ -80,6 +80,22 @@ class TestHostileClients:
         limit = before + 2 * max(segments, 32)
         store.wait_for(lambda _: store.open_descriptors() <= limit)
 
+    def test_files_handed_over_before_a_detach_are_closed_and_no_part_of_the_next_attach(
+        self, store: RunningStore, make_model: MakeModel
+    ) -> None:
+        shards = sorted(make_model("m").glob("*.safetensors"))
+        fds = [os.open(shard, os.O_RDONLY) for shard in shards]
+        store.status()
+        with StoreClient(store.socket) as client:
+            before = store.open_descriptors()
+            client.send_shards([shard.name for shard in shards], fds)
+            client.ask({"op": "detach"})
+            assert store.open_descriptors() == before
+            client.send_shards([shards[0].name], fds[:1])
+            assert client.ask({"op": "attach", "label": "m"})["shards"] == 1
+        for fd in fds:
+            os.close(fd)
+
 
 class TestRights:
     @pytest.mark.parametrize("flags", [os.O_PATH, os.O_WRONLY])

@@ -15,9 +15,9 @@ from sllmctl import api, load_tensors
 from sllmctl.core.device_load import DeviceLoad
 from sllmctl.core.load import Loaded, LoadOptions
 from sllmctl.core.placement import DeviceMap
-from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
+from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, StoreError
 from sllmctl.store.client import StoreClient
-from sllmctl.store.files import take_files
+from sllmctl.store.files import open_named, take_files
 from sllmctl.store.load import load_named_to_devices
 from sllmctl.store.named import NamedModel
 from tests.conftest import same_bits
@@ -175,6 +175,17 @@ def test_part_of_a_models_files_or_files_beside_it_do_not_take_its_name(
     assert not is_named(names[::-1], shards[::-1])
     assert not is_named([f"../beside/{name}" for name in names], beside)
     assert not is_named(names, beside)
+
+
+def test_a_model_of_more_shards_than_the_store_takes_is_refused(
+    tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("m", shards=3)
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr("sllmctl.store.files.MAX_SHARDS", 2)
+    with pytest.raises(StoreError, match="`m` has more than 2 shards"):
+        open_named(tmp_path / "models", "m")
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_replaced_model_that_is_gone_is_the_newer_one(
