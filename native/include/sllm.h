@@ -335,7 +335,9 @@ sllm_status sllm_gather_synchronize(sllm_gather *gather, uint32_t timeout_ms, sl
  * @return SLLM_OK. SLLM_E_BUSY: copies are still under way after timeout_ms; the ring and the
  *         targets must stay as they are. Call again, or leave them for ever.
  *
- * Threads: one at a time a gather. Blocks: up to timeout_ms.
+ * Threads: one at a time a gather. Any thread may make this call, as a finalizer does: where the
+ * gather's device is not the current one, a thread of ours waits instead.
+ * Blocks: up to timeout_ms, and 5 s longer where such a thread's runtime hangs.
  */
 sllm_status sllm_gather_close(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err);
 

@@ -37,6 +37,8 @@ typedef struct sllmi_acl_package_version {
     X(true, int, aclrtGetDeviceCount, (uint32_t *count_out))                                       \
     X(true, int, aclrtSetDevice, (int32_t device))                                                 \
     X(true, int, aclrtGetDevice, (int32_t *device_out))                                            \
+    X(true, int, aclrtGetCurrentContext, (void **context_out))                                     \
+    X(true, int, aclrtSetCurrentContext, (void *context))                                          \
     X(true, int, aclrtMallocHost, (void **memory_out, size_t bytes))                               \
     X(true, int, aclrtFreeHost, (void *memory))                                                    \
     X(true, int, aclrtCreateStream, (void **stream_out))                                           \

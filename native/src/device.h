@@ -3,12 +3,13 @@
 #define SLLMI_DEVICE_H
 
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
 #include "sllm.h"
 
-#define SLLMI_DEVICE_ABI 2
+#define SLLMI_DEVICE_ABI 3
 #define SLLMI_DEV_PINNED 1u     /* host_alloc() gives page-locked memory */
 #define SLLMI_DEV_ASYNC_COPY 2u /* copy() returns before the copy is done */
 
@@ -40,6 +41,11 @@ typedef struct sllmi_device_ops {
     /* A queue for a thread that is not ours and stays as it is: it has the device as its current
      * one. `stream` is the caller's, as the runtime has it; 0: a new one. */
     sllm_status (*queue_adopt)(void *dev, uint64_t stream, void **queue_out, sllm_error *err);
+    /* Whether the calling thread is where an adopted queue was made: runtimes refuse a stream elsewhere,
+     * or take another for it. NULL: every thread is. */
+    bool (*queue_is_here)(void *queue);
+    /* Make the calling thread, which is one of ours, such a place. */
+    sllm_status (*queue_bind)(void *queue, sllm_error *err);
     const char *visibility; /* the environment variable that hides devices, or NULL */
 } sllmi_device_ops;
 

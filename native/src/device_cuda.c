@@ -335,6 +335,20 @@ static sllm_status cuda_queue_adopt(void *dev, uint64_t stream, void **queue_out
     return make_queue(device, (void *)(uintptr_t)stream, queue_out, err);
 }
 
+static bool cuda_queue_is_here(void *argument)
+{
+    const cuda_queue *queue = argument;
+    int current = -1;
+    return queue->cuda->cudaGetDevice(&current) == SLLMI_CUDA_SUCCESS && current == queue->ordinal;
+}
+
+static sllm_status cuda_queue_bind(void *argument, sllm_error *err)
+{
+    const cuda_queue *queue = argument;
+    const sllmi_cuda *cuda;
+    return set_device(queue->ordinal, &cuda, err);
+}
+
 static void cuda_queue_close(void *argument)
 {
     cuda_queue *queue = argument;
@@ -416,5 +430,7 @@ const sllmi_device_ops sllmi_device_cuda = {
     .wait = cuda_wait,
     .drain = cuda_drain,
     .queue_adopt = cuda_queue_adopt,
+    .queue_is_here = cuda_queue_is_here,
+    .queue_bind = cuda_queue_bind,
     .visibility = "CUDA_VISIBLE_DEVICES",
 };

@@ -28,6 +28,7 @@ typedef struct npu_queue {
     void *stream;
     bool own_stream;
     bool adopted;       /* its thread is the caller's */
+    void *context;      /* the one it was adopted in */
     bool wants_aligned; /* asynchronous copies take only aligned addresses */
     bool drained;       /* the last fence stands behind the last copy */
     sllmi_fences fences;
@@ -284,12 +285,33 @@ static sllm_status npu_queue_adopt(void *dev, uint64_t stream, void **queue_out,
         return sllmi_fail(err, SLLM_E_INVALID, 0, "the calling thread is on npu:%d, not on npu:%d",
                           current, device->ordinal);
     }
+    void *context = NULL;
+    code = device->acl->aclrtGetCurrentContext(&context);
+    if (code != SLLMI_ACL_SUCCESS) {
+        return FAIL(device, "aclrtGetCurrentContext", code, err);
+    }
     sllm_status status = make_queue(device, (void *)(uintptr_t)stream, &queue, err);
     if (status == SLLM_OK) {
         queue->adopted = true;
+        queue->context = context;
         *queue_out = queue;
     }
     return status;
+}
+
+static bool npu_queue_is_here(void *argument)
+{
+    const npu_queue *queue = argument;
+    void *context = NULL;
+    int code = queue->acl->aclrtGetCurrentContext(&context);
+    return code == SLLMI_ACL_SUCCESS && context == queue->context;
+}
+
+static sllm_status npu_queue_bind(void *argument, sllm_error *err)
+{
+    const npu_queue *queue = argument;
+    int code = queue->acl->aclrtSetCurrentContext(queue->context);
+    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtSetCurrentContext", code, err);
 }
 
 static void npu_queue_close(void *argument)
@@ -405,5 +427,7 @@ const sllmi_device_ops sllmi_device_npu = {
     .wait = npu_wait,
     .drain = npu_drain,
     .queue_adopt = npu_queue_adopt,
+    .queue_is_here = npu_queue_is_here,
+    .queue_bind = npu_queue_bind,
     .visibility = "ASCEND_RT_VISIBLE_DEVICES",
 };

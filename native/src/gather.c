@@ -1,11 +1,13 @@
 /* Strided slices of host memory, packed into slots and copied to one device from there. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "align.h"
+#include "aside.h"
 #include "device.h"
 #include "error.h"
 #include "os.h"
@@ -14,6 +16,7 @@
 #define ALIGN_BYTES 64u /* of target and slot alike: what runtimes copy best, and some alone */
 #define SLOT_REST 8u    /* a slice is split unless less than this part of a slot is left */
 #define POLL_MS 10u
+#define ELSEWHERE_MS 5000u /* what a thread of ours may take besides the wait it was asked for */
 
 /* A slot whose copies are under way. */
 struct flight {
@@ -31,6 +34,7 @@ struct sllm_gather {
     uint64_t taken;         /* of the slice that a call with SLLM_E_BUSY left off in */
     struct flight *flights; /* a ring buffer, as long as the ring has slots */
     uint32_t capacity, head, count;
+    bool lost; /* a thread of ours is in the queue for ever */
 };
 
 /* Bytes [at, at + bytes) of a slice's rows, one after the other. */
@@ -98,6 +102,9 @@ static sllm_status check_ours(const sllm_gather *gather, const char *function, s
     if (gather == NULL || gather->pid != getpid()) {
         return sllmi_fail(err, gather == NULL ? SLLM_E_INVALID : SLLM_E_FORKED, 0,
                           "%s: not a gather of this process", function);
+    }
+    if (gather->lost) {
+        return sllmi_fail(err, SLLM_E_BUSY, 0, "%s: the device has not answered before", function);
     }
     return SLLM_OK;
 }
@@ -210,6 +217,60 @@ sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *s
     return status;
 }
 
+/* ---- the end, which a finalizer may bring about on any thread ---------------------------------- */
+
+static bool is_here(const sllm_gather *gather)
+{
+    const sllmi_device_ops *ops = gather->device->ops;
+    return ops->queue_is_here == NULL || ops->queue_is_here(gather->queue);
+}
+
+static sllm_status drain_there(sllmi_request *request, sllm_error *err)
+{
+    sllm_gather *gather = request->memory;
+    const sllmi_device_ops *ops = gather->device->ops;
+    if (ops->queue_bind(gather->queue, err) != SLLM_OK) {
+        return SLLM_E_BUSY; /* it says nothing of the copies */
+    }
+    return ops->drain(gather->queue, request->timeout_ms - ELSEWHERE_MS, err);
+}
+
+static sllm_status close_there(sllmi_request *request, sllm_error *err)
+{
+    sllm_gather *gather = request->memory;
+    (void)gather->device->ops->queue_bind(gather->queue, err);
+    gather->device->ops->queue_close(gather->queue);
+    return SLLM_OK;
+}
+
+/* Run either on a thread of ours that stands where the queue does. */
+static sllm_status go_there(sllm_gather *gather, sllm_status (*run)(sllmi_request *, sllm_error *),
+                            uint32_t timeout_ms, sllm_error *err)
+{
+    sllmi_request request = {.run = run,
+                             .what = "ending copies",
+                             .backend = gather->device->ops->name,
+                             .ordinal = gather->device->ordinal,
+                             .timeout_ms =
+                                 (uint32_t)sllmi_min(timeout_ms, INT32_MAX) + ELSEWHERE_MS,
+                             .memory = gather};
+    sllm_status status = sllmi_aside(&request, err);
+    gather->lost = status == SLLM_E_TIMEOUT;
+    return status;
+}
+
+static sllm_status drain(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err)
+{
+    if (is_here(gather)) {
+        return gather->device->ops->drain(gather->queue, timeout_ms, err);
+    }
+    sllm_status status = go_there(gather, drain_there, timeout_ms, err);
+    return status == SLLM_OK || status == SLLM_E_DEVICE
+               ? status
+               : sllmi_fail(err, SLLM_E_BUSY, 0, "the copies to %s:%d are not done yet",
+                            gather->device->ops->name, gather->device->ordinal);
+}
+
 sllm_status sllm_gather_synchronize(sllm_gather *gather, uint32_t timeout_ms, sllm_error *err)
 {
     sllm_status status = check_ours(gather, "sllm_gather_synchronize", err);
@@ -217,7 +278,7 @@ sllm_status sllm_gather_synchronize(sllm_gather *gather, uint32_t timeout_ms, sl
         status = send_off(gather, err);
     }
     if (status == SLLM_OK) {
-        status = gather->device->ops->drain(gather->queue, timeout_ms, err);
+        status = drain(gather, timeout_ms, err);
     }
     while (status == SLLM_OK && gather->count > 0) {
         land(gather);
@@ -235,10 +296,14 @@ sllm_status sllm_gather_close(sllm_gather *gather, uint32_t timeout_ms, sllm_err
         return status;
     }
     /* Anything but "not yet" is the end of the copies, well or badly. */
-    if (gather->device->ops->drain(gather->queue, timeout_ms, err) == SLLM_E_BUSY) {
+    if (drain(gather, timeout_ms, err) == SLLM_E_BUSY) {
         return SLLM_E_BUSY;
     }
-    gather->device->ops->queue_close(gather->queue);
+    if (is_here(gather)) {
+        gather->device->ops->queue_close(gather->queue);
+    } else if (go_there(gather, close_there, 0, err) != SLLM_OK) {
+        return SLLM_E_BUSY;
+    }
     if (gather->slot != NULL) {
         sllmi_ring_release(gather->ring, gather->slot);
     }

@@ -159,7 +159,7 @@ class Gather:
         )
 
     def close(self) -> bool:
-        """End it, after the copies under way.
+        """End it, after the copies under way; on any thread, whatever its current device.
 
         Returns:
             Whether it ended within 0.3 s. If not, the ring stays until the process ends.

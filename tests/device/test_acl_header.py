@@ -15,6 +15,7 @@ HEADER = """\
 #include <stdint.h>
 typedef int aclError;
 typedef void *aclrtStream;
+typedef void *aclrtContext;
 typedef void *aclrtEvent;
 #define ACL_SUCCESS 0
 #define ACL_ERROR_REPEAT_INITIALIZE 100002
@@ -40,6 +41,8 @@ const char *aclGetRecentErrMsg(void);
 aclError aclrtGetDeviceCount(uint32_t *count);
 aclError aclrtSetDevice(int32_t deviceId);
 aclError aclrtGetDevice(int32_t *deviceId);
+aclError aclrtGetCurrentContext(aclrtContext *context);
+aclError aclrtSetCurrentContext(aclrtContext context);
 aclError aclrtMallocHost(void **hostPtr, size_t size);
 aclError aclrtFreeHost(void *hostPtr);
 aclError aclrtCreateStream(aclrtStream *stream);

@@ -428,6 +428,59 @@ TEST(a_gather_works_on_the_callers_thread_and_stream_and_sets_no_device_there)
     emulator_check_empty();
 }
 
+struct left_gather {
+    struct gather_case bench;
+    sllm_gather *gather;
+    unsigned char *target;
+};
+
+static void leave_a_copy(void *argument)
+{
+    struct left_gather *left = argument;
+    sllm_error err;
+    unsigned char source[4096] = {1, 2, 3};
+    CHECK(emulator()->aclrtSetDevice(0) == 0);
+    CHECK_OK(sllm_gather_open(left->bench.device, left->bench.ring, 0, &left->gather, &err), &err);
+    CHECK_OK(sllm_gather_copy(left->gather, (uint64_t)(uintptr_t)left->target, source, 1, 4096,
+                              4096, 0, &err),
+             &err);
+}
+
+static void end_it_here(void *argument)
+{
+    struct left_gather *left = argument;
+    sllm_error err;
+    if (is_cuda()) { /* whose threads start on device 0 */
+        CHECK(emulator()->aclrtSetDevice(1) == 0);
+    }
+    int device = emulator_thread_device();
+    CHECK(device != 0);
+    for (int again = 0; again < 2; again++) {
+        CHECK_STATUS(sllm_gather_close(left->gather, 20, &err), &err, SLLM_E_BUSY);
+    }
+    CHECK_U64(emulator_stat("streams"), 1);
+    emulator_hold(false);
+    CHECK_OK(sllm_gather_close(left->gather, 60000, &err), &err);
+    CHECK(emulator_thread_device() == device);
+}
+
+TEST(a_gather_may_end_on_a_thread_that_is_not_on_its_device)
+{
+    struct left_gather left = {0};
+    sllm_error err;
+    CHECK_OK(sllm_device_open(backend(), 0, &left.bench.device, &err), &err);
+    CHECK_OK(sllm_ring_create(left.bench.device, 65536, 2, &left.bench.ring, &err), &err);
+    left.target = emulator_memory.alloc(0, 4096);
+    emulator_hold(true);
+    on_a_thread(leave_a_copy, &left);
+    on_a_thread(end_it_here, &left);
+    CHECK_U64(emulator_memory.look(left.target)[2], 3);
+    emulator_memory.free(left.target);
+    sllm_ring_destroy(left.bench.ring);
+    sllm_device_close(left.bench.device);
+    emulator_check_empty();
+}
+
 static void close_while_held(void *argument)
 {
     struct gather_case *test = argument;
