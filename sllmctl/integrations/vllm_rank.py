@@ -49,6 +49,7 @@ def rank_key(found: FoundModel, model_config: Any) -> RankKey:
     import vllm
     from vllm.config import get_current_vllm_config
     from vllm.distributed import get_pp_group, get_tp_group
+    from vllm.distributed.parallel_state import get_dp_group
     from vllm.platforms import current_platform
 
     if found.path is None or found.checkpoint is None or not found.path.is_dir():
@@ -62,6 +63,9 @@ def rank_key(found: FoundModel, model_config: Any) -> RankKey:
     if model_config.quantization in _KEEP_IN_PYTHON:
         raise CheckpointError(f"{model_config.quantization} keeps more than tensors in a model")
     tp, pp = get_tp_group(), get_pp_group()
+    # vLLM cuts experts among all of these, whether or not it hands them out whole.
+    dp_size, pcp_size = parallel.data_parallel_size, _context_parallel_size(parallel)
+    dp_rank = get_dp_group().rank_in_group if dp_size > 1 else 0
     made_by = {
         "engine": "vllm",
         "engine_version": vllm.__version__,
@@ -73,13 +77,29 @@ def rank_key(found: FoundModel, model_config: Any) -> RankKey:
         "quantization": model_config.quantization,
         "tensor_parallel_size": tp.world_size,
         "pipeline_parallel_size": pp.world_size,
-        "expert_parallel_size": parallel.world_size_across_dp if experts_parallel else 1,
+        "data_parallel_size": dp_size,
+        "prefill_context_parallel_size": pcp_size,
+        "expert_parallel_size": dp_size * pcp_size * tp.world_size if experts_parallel else 1,
+        "expert_placement": getattr(parallel, "expert_placement_strategy", "linear")
+        if experts_parallel
+        else None,
         "draft": getattr(model_config, "runner_type", None) == "draft",
     }
-    rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
-    if experts_parallel:
-        rank += parallel.data_parallel_rank * parallel.world_size
+    copy = dp_rank * pcp_size + _context_parallel_rank(pcp_size)
+    rank = (copy * pp.world_size + pp.rank_in_group) * tp.world_size + tp.rank_in_group
     return RankKey(found.path, rank, made_by)
+
+
+def _context_parallel_size(parallel: Any) -> int:
+    return int(getattr(parallel, "prefill_context_parallel_size", 1))  # older vLLM has none
+
+
+def _context_parallel_rank(size: int) -> int:
+    if size == 1:
+        return 0
+    from vllm.distributed.parallel_state import get_pcp_group
+
+    return int(get_pcp_group().rank_in_group)
 
 
 def _platform(platform: Any) -> str:
@@ -185,8 +205,11 @@ def _lines(process: subprocess.Popen[bytes], *, silence_s: float) -> Iterator[st
     """
     assert process.stdout is not None
     rest = b""
+    # `select` refuses descriptors from 1024 on, which a process with many files open gets.
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
     while True:
-        if not select.select([process.stdout], [], [], silence_s)[0]:
+        if not poll.poll(silence_s * 1000):
             raise CheckpointError(f"vLLM has said nothing for {silence_s:.0f} s")
         data = os.read(process.stdout.fileno(), 1 << 16)
         *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.errors import CheckpointError
 from sllmctl.integrations import vllm_rank
+from sllmctl.integrations.engine_rank import RankKey
+from sllmctl.integrations.engine_source import FoundModel
 from tests.conftest import write_checkpoint
 
 Engine = Callable[[str], None]
@@ -82,3 +89,87 @@ def test_an_engine_that_says_nothing_is_ended(
         vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_lines_are_read_from_a_descriptor_beyond_1023() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 1200:
+        pytest.skip("so many descriptors are not allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 1200), limits[1]))
+    try:
+        with subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            os.dup2(child.stdout.fileno(), 1100)
+            process: Any = SimpleNamespace(stdout=os.fdopen(1100, "rb"))
+            with process.stdout:
+                assert list(vllm_rank._lines(process, silence_s=60)) == ["1"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+RankOf = Callable[..., RankKey]
+
+
+@pytest.fixture
+def rank_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> RankOf:
+    """The key of a worker, of whom vLLM would say these sizes, ranks and settings."""
+
+    def put(name: str, **content: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def key(tp: int = 0, pp: int = 0, dp: int = 0, pcp: int = 0, **settings: Any) -> RankKey:
+        sizes = {"tp": 2, "pp": 2, "dp": 1, "pcp": 1, **settings.pop("sizes", {})}
+        ranks = {"tp": tp, "pp": pp, "dp": dp, "pcp": pcp}
+        groups = {
+            f"get_{name}_group": lambda name=name: SimpleNamespace(
+                world_size=sizes[name], rank_in_group=ranks[name]
+            )
+            for name in sizes
+        }
+        parallel = SimpleNamespace(
+            data_parallel_size=sizes["dp"],
+            prefill_context_parallel_size=sizes["pcp"],
+            **{"enable_expert_parallel": False, **settings},
+        )
+        config = SimpleNamespace(parallel_config=parallel)
+        put("vllm", __version__="1")
+        put("vllm.config", get_current_vllm_config=lambda: config)
+        put("vllm.distributed", **groups)
+        put("vllm.distributed.parallel_state", **groups)
+        put("vllm.platforms", current_platform=SimpleNamespace(device_name="cpu"))
+        model_config = SimpleNamespace(
+            quantization=None, dtype=torch.bfloat16, hf_config=SimpleNamespace(to_dict=dict)
+        )
+        found = FoundModel(str(checkpoint), checkpoint, open_checkpoint(checkpoint))
+        return vllm_rank.rank_key(found, model_config)
+
+    return key
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"dp": 2}, {"pcp": 2}, {"dp": 2, "pcp": 3}])
+def test_every_worker_has_a_rank_of_its_own(
+    rank_of: RankOf, sizes: dict[str, int], experts: bool
+) -> None:
+    # Without expert parallelism, too, vLLM cuts experts among all of them.
+    keys = [
+        rank_of(tp, pp, dp, pcp, sizes=sizes, enable_expert_parallel=experts)
+        for dp in range(sizes.get("dp", 1))
+        for pcp in range(sizes.get("pcp", 1))
+        for pp in range(2)
+        for tp in range(2)
+    ]
+    assert [key.rank for key in keys] == list(range(len(keys)))
+    assert len({key.fingerprint for key in keys}) == 1
+    assert not sizes or keys[0].fingerprint != rank_of(enable_expert_parallel=experts).fingerprint
+
+
+def test_experts_that_are_placed_otherwise_are_another_state(rank_of: RankOf) -> None:
+    linear, turns = (
+        rank_of(enable_expert_parallel=True, expert_placement_strategy=placement)
+        for placement in ("linear", "round_robin")
+    )
+    assert linear.rank == turns.rank
+    assert linear.path != turns.path
