@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 class DeviceCopies:
-    """Takes over copies from host memory to NPUs and CUDA devices, on torch's current stream.
+    """Takes over copies from host memory to NPUs and CUDA devices, on torch's current stream at each.
 
     No address of a mapped file or of the store's memory ever reaches a device's runtime: pages
     that are not pinned are slow to copy from, and may hang. All calls come from one thread. Use it
@@ -65,7 +65,7 @@ class DeviceCopies:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._gathers: dict[DeviceSpec, Gather] = {}
+        self._gathers: dict[tuple[DeviceSpec, int], Gather] = {}
         self.bytes = 0
 
     @staticmethod
@@ -115,10 +115,12 @@ class DeviceCopies:
             rows = Rows.of(source)
             assert rows is not None
         spec = DeviceSpec(target.device.type, target.device.index or 0)
-        if spec not in self._gathers:
-            self._gathers[spec] = self._stack.enter_context(_gathering(spec))
         with _current(spec):
-            self._gathers[spec].copy(
+            stream = getattr(torch_runtime(spec).current_stream(), f"{spec.kind}_stream")
+            key = spec, int(stream) or _LEGACY_STREAM
+            if key not in self._gathers:
+                self._gathers[key] = self._stack.enter_context(_gathering(*key))
+            self._gathers[key].copy(
                 target.data_ptr(),
                 rows.address,
                 rows=rows.rows,
@@ -155,7 +157,7 @@ class DeviceCopies:
         with self._stack:
             gathers, self._gathers = self._gathers, {}
             if kind is None:
-                for spec, gather in gathers.items():
+                for (spec, _stream), gather in gathers.items():
                     with _current(spec):
                         gather.synchronize()
 
@@ -167,13 +169,11 @@ def _current(spec: DeviceSpec) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _gathering(spec: DeviceSpec) -> Iterator[Gather]:
-    """A gather on torch's current stream of a device; its pinned memory is given back."""
+def _gathering(spec: DeviceSpec, stream: int) -> Iterator[Gather]:
+    """A gather on a stream of the current device; its pinned memory is given back."""
     try:
         with borrow_ring(spec, chunk_bytes=CHUNK_BYTES, chunks=_SLOTS, readers=_SLOTS) as ring:
-            with _current(spec):
-                stream = getattr(torch_runtime(spec).current_stream(), f"{spec.kind}_stream")
-                gather = Gather(open_device(spec), ring, stream=int(stream) or _LEGACY_STREAM)
+            gather = Gather(open_device(spec), ring, stream=stream)
             try:
                 yield gather
             finally:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from sllmctl import native
+from sllmctl.integrations import engine_gather
 from sllmctl.integrations.engine_complete import require_complete
 from sllmctl.integrations.engine_copy import WeightWrites
 from sllmctl.integrations.engine_source import EngineOptions, EngineWeights, find_model
@@ -173,6 +175,27 @@ def test_what_moves_gets_the_strides_that_torch_gives_it(emulator: Emulator, nam
     assert torch.equal(moved.permute(order).cpu(), source.permute(order))
     assert counted["async_pageable"] == 0
     assert counted["h2d_bytes"] == moved.nbytes
+
+
+def test_copies_are_on_the_stream_that_is_current_at_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[int] = []
+
+    class Gather(native.Gather):
+        def __init__(self, device: native.Device, ring: native.Ring, *, stream: int) -> None:
+            super().__init__(device, ring, stream=stream)
+            opened.append(stream)
+
+    monkeypatch.setattr(engine_gather, "Gather", Gather)
+    source, target = torch.arange(24).view(4, 6), torch.empty((4, 6), dtype=torch.int64).npu()
+    first, other = torch.npu.current_stream(), torch.npu.Stream()
+    with WeightWrites(nn.Module()):
+        for row, stream in enumerate([first, other, first, other]):
+            with torch.npu.stream(stream):
+                target[row].copy_(source[row])
+    assert opened == [first.npu_stream, other.npu_stream]
+    assert torch.equal(target.cpu(), source)
 
 
 def trace_copies(path: Path, trace: Path) -> dict[str, Any]:
