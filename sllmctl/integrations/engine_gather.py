@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 class DeviceCopies:
-    """Takes over copies from host memory to NPUs and CUDA devices, on torch's current stream at each.
+    """Takes over copies from host memory to NPUs and CUDA devices, each on torch's current stream.
 
     No address of a mapped file or of the store's memory ever reaches a device's runtime: pages
     that are not pinned are slow to copy from, and may hang. All calls come from one thread. Use it
