@@ -64,15 +64,18 @@ class RankKey:
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
-    """Identify a checkpoint's bytes: by its digests, or by its files where it has none."""
+    """Identify a checkpoint's bytes: by its digests, if it has any, and by its files' stamps.
+
+    The stamps count beside the digests, which say what `convert` wrote: they stay as they are when
+    somebody puts another file in the place of a shard.
+    """
     hasher = xxhash.xxh3_128()
     if checkpoint.manifest is not None:
         for digest in checkpoint.manifest.shards:
             hasher.update(f"{digest.name} {digest.size} {digest.digest}\n".encode())
-        return f"digests:{hasher.hexdigest()}"
     for shard in checkpoint.shards:
         hasher.update(f"{shard.path.name} {shard.size} {(shard.stamp or (0,))[-1]}\n".encode())
-    return f"files:{hasher.hexdigest()}"
+    return f"{'files' if checkpoint.manifest is None else 'digests'}:{hasher.hexdigest()}"
 
 
 def find_rank_state(key: RankKey) -> FoundModel:

@@ -202,20 +202,39 @@ def test_two_that_write_the_same_rank_leave_one_whole(key: RankKey) -> None:
     load(key, Tied(2))
 
 
-def test_a_digest_follows_the_bytes_of_a_converted_checkpoint(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(8.0)}
-    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
-    first = convert(source, tmp_path / "first").path
-    second = convert(source, tmp_path / "second").path
-    write_checkpoint(source, {"model.safetensors": {"a": torch.arange(8.0) + 1}})
-    third = convert(source, tmp_path / "third").path
-    digests = [checkpoint_digest(open_checkpoint(path)) for path in (first, second, third)]
-    assert digests[0] == digests[1] != digests[2]
+def test_a_digest_follows_the_bytes_of_a_checkpoint(tmp_path: Path) -> None:
+    def put(value: float, *, at_ns: int) -> str:
+        tensors = {"a": torch.arange(8.0) + value}
+        shard = write_checkpoint(source, {"model.safetensors": tensors}) / "model.safetensors"
+        os.utime(shard, ns=(at_ns, at_ns))
+        converted = convert(source, tmp_path / "converted", force=True).path
+        os.utime(converted / "model.safetensors", ns=(1, 1))
+        return checkpoint_digest(open_checkpoint(converted))
+
+    source = tmp_path / "source"
+    # Written at the same time, as far as the file says: the conversion's digests tell.
+    first, other, again = put(0, at_ns=1), put(1, at_ns=2), put(0, at_ns=3)
+    assert first == again != other
     # Without digests the files' own stamps have to do.
     there = checkpoint_digest(open_checkpoint(source))
     assert there.startswith("files:")
-    os.utime(source / "model.safetensors", ns=(1, 1))
+    os.utime(source / "model.safetensors", ns=(4, 4))
     assert checkpoint_digest(open_checkpoint(source)) != there
+
+
+def test_a_shard_that_is_replaced_by_another_changes_the_digest(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(8.0)}
+    source = write_checkpoint(tmp_path / "source", {"model.safetensors": tensors})
+    path = convert(source, tmp_path / "converted").path
+    there = checkpoint_digest(open_checkpoint(path))
+    assert there == checkpoint_digest(open_checkpoint(path))
+    shard = path / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    (path / "new").write_bytes(content)
+    (path / "new").rename(shard)
+    # `sllmctl.json` says what it said before.
+    assert checkpoint_digest(open_checkpoint(path)) != there
 
 
 def test_a_conversion_does_not_take_rank_states_along(key: RankKey) -> None:
