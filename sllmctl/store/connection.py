@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from sllmctl.errors import SllmError, StoreError
 from sllmctl.native import Segment
-from sllmctl.store.protocol import Decoder, Message, close_fds, encode, receive
+from sllmctl.store.protocol import Decoder, Message, close_fds, collect_fds, encode, receive
 
 log = logging.getLogger(__name__)
 MAX_QUEUED_BYTES = 8 << 20
@@ -58,6 +58,7 @@ class Connection:
         self._queued_bytes = 0
         self._greeted = False
         self._paused = False
+        self._stalled = False  # something waits for the client, and the deadline runs
         self._deadline = self._loop.call_later(HELLO_DEADLINE_S, self.end, "it said no hello")
         sock.setblocking(False)
         self._loop.add_reader(sock, self._on_readable)
@@ -99,7 +100,7 @@ class Connection:
             return
         count = len(segments) + len(files)
         line = encode({**message, "fds": count} if count else message)
-        self._out.append((line, tuple(segments), [os.dup(fd) for fd in files]))
+        self._out.append((line, tuple(segments), collect_fds(os.dup, files)))
         self._queued_bytes += len(line)
         if self._queued_bytes > MAX_QUEUED_BYTES:
             self.end("it does not take its messages")
@@ -157,10 +158,12 @@ class Connection:
             self.fail(exc)
 
     def _on_writable(self) -> None:
+        taken = 0
         try:
             while self._out:
                 line, segments, files = self._out[0]
                 sent = self._send_some(line, segments, files)
+                taken += sent
                 self._queued_bytes -= sent
                 if sent < len(line):
                     self._out[0] = line[sent:], (), []
@@ -168,21 +171,24 @@ class Connection:
                     self._out.popleft()
         except (BlockingIOError, InterruptedError):
             pass
-        except OSError as exc:
-            self.end(exc.strerror)
+        except (OSError, SllmError) as exc:
+            self.end(str(exc))
             return
         if self.ended or not self._greeted:
             return
-        self._deadline.cancel()
-        if self._out:
+        if taken or not self._out:
+            self._deadline.cancel()
+            self._stalled = False
+        if not self._out:
+            self._loop.remove_writer(self._sock)
+        elif not self._stalled:
+            self._stalled = True
             self._loop.add_writer(self._sock, self._on_writable)
             self._deadline = self._loop.call_later(SEND_DEADLINE_S, self.end, "it takes nothing")
-        else:
-            self._loop.remove_writer(self._sock)
 
     def _send_some(self, line: bytes, segments: Sequence[Segment], files: list[int]) -> int:
         # Readers are opened when they are sent: a client that takes nothing holds no segment.
-        fds = [segment.reader() for segment in segments]
+        fds = collect_fds(Segment.reader, segments)
         try:
             both = [*fds, *files]
             sent = socket.send_fds(self._sock, [line], both) if both else self._sock.send(line)

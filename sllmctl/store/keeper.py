@@ -15,6 +15,7 @@ from sllmctl.native import Progress, Segment
 from sllmctl.store.files import ModelFiles
 from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.pool import Pool
+from sllmctl.store.protocol import collect_fds
 from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_victims
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Keeper:
         }
         own: list[int] = []
         try:
-            own += [os.dup(fds[shard]) for shard in used]
+            own += collect_fds(os.dup, [fds[shard] for shard in used])
             work = Filling(
                 files=[(fd, model.shards[shard][0]) for fd, shard in zip(own, used, strict=True)],
                 identity=tuple(model.identity[shard] for shard in used),

@@ -11,9 +11,9 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sllmctl.errors import ConfigError, StoreError
 
@@ -27,6 +27,7 @@ SYSTEM_SOCKET = Path("/run/sllmctl/store.sock")
 _RECEIVE_BYTES = 1 << 16
 
 Message = dict[str, Any]
+T = TypeVar("T")
 
 
 def user_socket() -> Path | None:
@@ -127,6 +128,18 @@ def close_fds(fds: Sequence[int] | deque[int]) -> None:
     """Close every descriptor."""
     for fd in fds:
         os.close(fd)
+
+
+def collect_fds(make: Callable[[T], int], sources: Iterable[T]) -> list[int]:
+    """A descriptor of each, or of none when one cannot be had."""
+    fds: list[int] = []
+    try:
+        for source in sources:
+            fds.append(make(source))
+    except BaseException:
+        close_fds(fds)
+        raise
+    return fds
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
