@@ -56,6 +56,18 @@ def check(status: int, error: Any) -> None:
     raise exc
 
 
+def owned(kind: str, destroy: Callable[[Any], object], nbytes: int = 0) -> Any:
+    """What a call that makes a handle writes it to. The handle ends with it, and no Ctrl-C comes
+    between the two: set to NULL, it has given the handle away.
+
+    Args:
+        kind: The handle's type.
+        destroy: Ends one; NULL is fine.
+        nbytes: What it holds, for the garbage collector.
+    """
+    return ffi.gc(ffi.new(f"{kind} **"), lambda out: out[0] and destroy(out[0]), nbytes)
+
+
 def wait_in_slices(call: Callable[[int], int], timeout_s: float, error: Any) -> None:
     """Repeat a call that answers "not yet", so that Ctrl-C is answered between."""
     deadline = time.monotonic() + timeout_s

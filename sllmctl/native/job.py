@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sllmctl._native import ffi, lib
-from sllmctl.native.calls import CLOSE_TIMEOUT_MS, WAIT_SLICE_MS, check
+from sllmctl.native.calls import CLOSE_TIMEOUT_MS, WAIT_SLICE_MS, check, owned
 from sllmctl.native.devices import Device, Ring
 
 
@@ -57,7 +57,7 @@ class Job:
         NativeError: An extent is impossible; `ReadError` where its file is too short.
     """
 
-    __slots__ = ("__weakref__", "_end", "_handle")
+    __slots__ = ("__weakref__", "_end", "_ended", "_handle")
 
     def __init__(
         self,
@@ -86,14 +86,16 @@ class Job:
         c_devices = ffi.new("sllm_device *[]", [device._handle for device in devices])
         options.devices, options.device_count = c_devices, len(devices)
         options.ring = ffi.NULL if ring is None else ring._handle
-        out, error = ffi.new("sllm_job **"), ffi.new("sllm_error *")
+        out, error = owned("sllm_job", _close), ffi.new("sllm_error *")
         check(
             lib.sllm_job_create(c_files, len(files), c_extents, len(extents), options, out, error),
             error,
         )
         self._handle = out[0]
+        self._ended: bool | None = None
         # Also at exit, before the interpreter takes from under the threads what they write to.
-        self._end = weakref.finalize(self, _end_job, self._handle, keep)
+        _kept[_address(self._handle)] = keep
+        self._end = weakref.finalize(self, _end_job, out)
         check(lib.sllm_job_start(self._handle, error), error)
 
     def wait(self, timeout_ms: int | None = None) -> tuple[bool, Progress]:
@@ -138,9 +140,11 @@ class Job:
             Whether it ended. If not, nobody may use the memory for anything else, or close the
             files.
         """
-        ended = self._end()
         self._handle = ffi.NULL
-        return ended is not False
+        if self._ended is None:
+            self._ended = False  # also after a Ctrl-C, when nobody knows
+            self._ended = self._end() is not False
+        return self._ended
 
     def __enter__(self) -> Job:
         return self
@@ -149,12 +153,22 @@ class Job:
         self.close()
 
 
-def _end_job(handle: Any, keep: object) -> bool:
-    if lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) != lib.SLLM_OK:
-        _stuck.append(keep)
+_kept: dict[int, object] = {}
+"""What jobs write to, by their handles' addresses, until a job has ended for certain: a hung read,
+or a Ctrl-C before its answer, leaves it here for ever."""
+
+
+def _address(handle: Any) -> int:
+    return int(ffi.cast("uintptr_t", handle))
+
+
+def _close(handle: Any) -> bool:
+    return bool(lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) == lib.SLLM_OK)
+
+
+def _end_job(out: Any) -> bool:
+    handle, out[0] = out[0], ffi.NULL
+    if not _close(handle):
         return False
+    _kept.pop(_address(handle), None)
     return True
-
-
-_stuck: list[object] = []
-"""Memory that a hung read may still write to: never freed."""

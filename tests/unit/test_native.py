@@ -20,6 +20,7 @@ import torch
 from sllmctl import errors, native
 from sllmctl._native import ffi, lib
 from sllmctl.native import calls
+from sllmctl.native import job as jobs
 
 HEADER = (Path(__file__).parents[2] / "native" / "include" / "sllm.h").read_text()
 MIB = 2**20
@@ -285,7 +286,7 @@ def test_ctrl_c_interrupts_a_wait(endless: str) -> None:
         except KeyboardInterrupt:
             assert progress.bytes_done < progress.bytes_total
             from sllmctl.native import job as jobs
-            assert jobs._stuck == []
+            assert jobs._kept == {}
             assert len(os.listdir("/proc/self/task")) == 1
             print("interrupted", flush=True)
     """
@@ -295,6 +296,39 @@ def test_ctrl_c_interrupts_a_wait(endless: str) -> None:
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (0, "interrupted\n", "")
+
+
+def test_a_second_ctrl_c_while_a_hung_job_is_closed_frees_no_memory(
+    shard: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def sllm_job_close(self, *_: object) -> int:
+            raise KeyboardInterrupt  # where Python answers a signal that came during the call
+
+    class Keep:
+        pass
+
+    fd, path, data = shard
+    keep, memory = Keep(), native.Memory.create(len(data))
+    kept = weakref.ref(keep)
+    job = native.Job(
+        [(fd, path)], [native.Extent(0, 0, len(data), memory.address)], keep=(keep, memory)
+    )
+    handle = job._handle
+    finish(job)
+    del keep
+    with monkeypatch.context() as patch:
+        patch.setattr("sllmctl.native.job.lib", Library())
+        with pytest.raises(KeyboardInterrupt):
+            job.close()
+    assert not job.close()
+    gc.collect()
+    assert kept() is not None
+    assert lib.sllm_job_close(handle, 60000, ffi.NULL) == lib.SLLM_OK
+    jobs._kept.clear()
 
 
 def test_a_job_that_runs_when_the_interpreter_ends_is_closed_before_its_memory(
