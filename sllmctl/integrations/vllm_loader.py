@@ -31,6 +31,7 @@ from sllmctl.integrations.engine_source import (
     telling_hints,
     with_hint,
 )
+from sllmctl.integrations.engine_threads import tasks_run_here
 from sllmctl.integrations.vllm_rank import announce, rank_key, require_plain_state
 
 log = logging.getLogger("vllm.sllmctl")
@@ -84,7 +85,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 self._fill_from_rank_state(model, weights)
                 return
             before = shapes_of(model)
-            with WeightWrites(model) as writes:
+            with tasks_run_here(), WeightWrites(model) as writes:
                 loaded = model.load_weights(self._iterate(weights, model_config, model))
             require_complete(
                 model,
@@ -95,7 +96,14 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 level=self._options.check,
                 optional=set(_optional(model, model_config)),
             )
-            if self._rank_key is not None:
+            if self._rank_key is not None and self._options.check != "full":
+                # Filling from a state asks nothing any more.
+                log.warning(
+                    'sllm: the rank state is not written: "check" is "%s", and a state is of a '
+                    "model that is known to be whole",
+                    self._options.check,
+                )
+            elif self._rank_key is not None:
                 self._save_rank_state(self._rank_key, model, before)
         finally:
             self._close()

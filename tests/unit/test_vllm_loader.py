@@ -1,0 +1,100 @@
+"""What the loader for vLLM does around vLLM's part, with bare classes in the place of vLLM's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sllmctl.errors import CheckpointError, ConfigError
+from sllmctl.integrations.engine_rank import RankKey
+from sllmctl.integrations.engine_source import EngineOptions, EngineWeights, find_model
+from tests.conftest import write_checkpoint
+
+
+class Base:
+    """As much of vLLM's ``BaseModelLoader`` as ours needs."""
+
+    def __init__(self, load_config: Any) -> None:
+        self.load_config = load_config
+
+
+@pytest.fixture
+def loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module of our loader, of a vLLM before 0.20."""
+    layers = "vllm.model_executor.layers.quantization.kv_cache"
+    loader = "vllm.model_executor.model_loader"
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        layers: {"BaseKVCacheMethod": type("BaseKVCacheMethod", (), {})},
+        f"{loader}.base_loader": {"BaseModelLoader": Base},
+        f"{loader}.default_loader": {"DefaultModelLoader": Base},
+    }
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    ours = "sllmctl.integrations.vllm_loader"
+    monkeypatch.delitem(sys.modules, ours, raising=False)
+    yield importlib.import_module(ours)
+    sys.modules.pop(ours, None)
+
+
+class Model(nn.Module):
+    """Fills its rows from a pool of threads, as large models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(4, 8), requires_grad=False)
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        with ThreadPoolExecutor(2) as pool:
+            for name, tensor in weights:
+                for row in range(len(tensor)):
+                    pool.submit(self.rows[row].copy_, tensor[row])
+                loaded.add(name)
+        return loaded
+
+
+def fill(loaders: Any, path: Path, rows: int, **extra: Any) -> RankKey:
+    """Load rows of the model's four, with rank state; give the state's key."""
+    write_checkpoint(path, {"model.safetensors": {"rows": torch.ones(rows, 8)}})
+    extra = {"store": "off", "rank_state": "auto", **extra}
+    loader = loaders.SllmLoader(SimpleNamespace(model_loader_extra_config=extra))
+    options = EngineOptions.parse(extra)
+    loader._weights = EngineWeights(find_model(options, str(path)), options)
+    loader._rank_key = RankKey(path, 0, {"engine": "vllm"})
+    loader.load_weights(Model(), SimpleNamespace(runner_type="generate"))
+    return loader._rank_key  # type: ignore[no-any-return]
+
+
+def test_a_model_that_is_known_to_be_whole_is_kept(loaders: Any, tmp_path: Path) -> None:
+    assert fill(loaders, tmp_path / "model", rows=4).path.is_dir()
+
+
+@pytest.mark.parametrize("check", ["names", "off"])
+def test_a_model_that_was_not_checked_to_the_last_byte_is_not_kept(
+    loaders: Any, tmp_path: Path, check: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not fill(loaders, tmp_path / "model", rows=3, check=check).path.exists()
+    assert f'the rank state is not written: "check" is "{check}"' in caplog.text
+
+
+def test_what_a_pool_of_threads_writes_is_seen(loaders: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="`rows` got 96 of 128 bytes"):
+        fill(loaders, tmp_path / "model", rows=3)
+
+
+def test_a_misspelt_option_is_refused_with_what_was_meant(loaders: Any) -> None:
+    config = SimpleNamespace(model_loader_extra_config={"modle": "a"})
+    with pytest.raises(ConfigError, match="did you mean `model`"):
+        loaders.SllmLoader(config)
