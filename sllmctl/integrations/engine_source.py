@@ -217,7 +217,7 @@ class EngineWeights:
         self.found = found
         # One rank's verdict on the bytes that all share is enough.
         choice = LoadOptions.choose(verify=options.verify and rank == 0)
-        if ranks > 1 and not choice.verify:
+        if ranks > 1 and choice.map_files == "auto" and not choice.verify:
             choice = replace(choice, map_files="always")
         loaded = api.load(
             found.model,

@@ -145,6 +145,13 @@ def test_several_ranks_map_what_one_would_read(
     assert open_weights(options, str(path), rank=1, ranks=2).stats.mapped_bytes == 2**23
 
 
+def test_several_ranks_map_nothing_where_that_is_forbidden(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLLMCTL_MAP", "never")
+    assert open_weights(EngineOptions(), "org/tiny", rank=0, ranks=2).stats.mapped_bytes == 0
+
+
 def test_weights_of_another_architecture_are_refused(storage: Path, tmp_path: Path) -> None:
     bare(storage / "org" / "tiny", "OtherForCausalLM")
     engine = str(bare(tmp_path / "engine"))
