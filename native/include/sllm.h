@@ -311,10 +311,11 @@ sllm_status sllm_gather_open(sllm_device *device, sllm_ring *ring, uint64_t stre
  * @param target               Device address of the first row; any alignment.
  * @param source               Address of the first row; free again when the call returns.
  * @param rows, row_bytes      How many, and the length of each; 0 bytes are nothing to do.
- * @param source_stride_bytes  From one row's start to the next one's, at least row_bytes.
+ * @param source_stride_bytes  From one row's start to the next one's, at least row_bytes; 0: the same
+ *                             row again and again.
  * @param timeout_ms           For a slot to become free.
  * @return SLLM_OK: the slice is on its way. SLLM_E_BUSY: a part of it is; the same call again goes
- *         on from there, and no other must come between. SLLM_E_INVALID or SLLM_E_DEVICE: close it.
+ *         on from there, and any other is SLLM_E_INVALID. SLLM_E_DEVICE: close it.
  *
  * Threads: one at a time a gather. Blocks: while rows are packed, and up to timeout_ms.
  */

@@ -24,6 +24,11 @@ struct flight {
     uint64_t fence;
 };
 
+/* A call's slice, by which the same call is known again. */
+struct slice {
+    uint64_t target, source, rows, row_bytes, stride_bytes;
+};
+
 struct sllm_gather {
     pid_t pid;
     sllm_device *device;
@@ -31,7 +36,8 @@ struct sllm_gather {
     void *queue;
     sllmi_slot *slot;       /* being filled, or NULL */
     uint64_t filled;        /* bytes of it */
-    uint64_t taken;         /* of the slice that a call with SLLM_E_BUSY left off in */
+    struct slice slice;     /* that a call with SLLM_E_BUSY left off in, */
+    uint64_t taken;         /* and so many bytes of it are on their way */
     struct flight *flights; /* a ring buffer, as long as the ring has slots */
     uint32_t capacity, head, count;
     bool lost; /* a thread of ours is in the queue for ever */
@@ -193,12 +199,23 @@ sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *s
     uint64_t bytes;
     if (target == 0 || source == NULL || __builtin_mul_overflow(rows, row_bytes, &bytes) ||
         bytes > INT64_MAX || source_stride_bytes > INT64_MAX ||
-        (rows > 1 && source_stride_bytes < row_bytes)) {
+        (rows > 1 && source_stride_bytes < row_bytes && source_stride_bytes > 0)) {
         return sllmi_fail(err, SLLM_E_INVALID, 0,
                           "a slice of %llu rows of %llu bytes, %llu apart, is not one",
                           (unsigned long long)rows, (unsigned long long)row_bytes,
                           (unsigned long long)source_stride_bytes);
     }
+    const struct slice slice = {.target = target,
+                                .source = (uintptr_t)source,
+                                .rows = rows,
+                                .row_bytes = row_bytes,
+                                .stride_bytes = source_stride_bytes};
+    if (gather->taken > 0 && memcmp(&slice, &gather->slice, sizeof slice) != 0) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0,
+                          "the gather is at byte %llu of another slice: make that call again first",
+                          (unsigned long long)gather->taken);
+    }
+    gather->slice = slice;
     if (source_stride_bytes == row_bytes || rows == 1) {
         row_bytes = bytes; /* one run */
     }

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from sllmctl._native import ffi, lib
-from sllmctl.native.calls import CLOSE_TIMEOUT_MS, check, wait_in_slices
+from sllmctl.native.calls import CLOSE_TIMEOUT_MS, check, owned, wait_in_slices
 
 
 class Device:
@@ -96,13 +96,14 @@ class Gather:
         DeviceError: The runtime refused.
     """
 
-    __slots__ = ("__weakref__", "_end", "_handle")
+    __slots__ = ("__weakref__", "_end", "_ended", "_handle")
 
     def __init__(self, device: Device, ring: Ring, *, stream: int = 0) -> None:
-        out, error = ffi.new("sllm_gather **"), ffi.new("sllm_error *")
+        out, error = owned("sllm_gather", _close), ffi.new("sllm_error *")
         check(lib.sllm_gather_open(device._handle, ring._handle, stream, out, error), error)
         self._handle = out[0]
-        self._end = weakref.finalize(self, _end_gather, self._handle)
+        self._ended: bool | None = None
+        self._end = weakref.finalize(self, _end_gather, out)
 
     def copy(
         self,
@@ -116,12 +117,14 @@ class Gather:
     ) -> None:
         """Start the copy of a slice; rows lie without gaps on the device.
 
+        What it raises, Ctrl-C included, closes the gather.
+
         Args:
             target: Device address of the first row.
             source: Host address of the first row; free again when this returns.
             rows: How many.
             row_bytes: Length of each.
-            source_stride_bytes: From one row's start to the next one's.
+            source_stride_bytes: From one row's start to the next one's; 0 repeats a row.
             timeout_s: Without a free slot for so long, the device has stalled.
 
         Raises:
@@ -130,20 +133,24 @@ class Gather:
         """
         error = ffi.new("sllm_error *")
         address = ffi.cast("void *", source)
-        wait_in_slices(
-            lambda timeout_ms: lib.sllm_gather_copy(
-                self._handle,
-                target,
-                address,
-                rows,
-                row_bytes,
-                source_stride_bytes,
-                timeout_ms,
+        try:
+            wait_in_slices(
+                lambda timeout_ms: lib.sllm_gather_copy(
+                    self._handle,
+                    target,
+                    address,
+                    rows,
+                    row_bytes,
+                    source_stride_bytes,
+                    timeout_ms,
+                    error,
+                ),
+                timeout_s,
                 error,
-            ),
-            timeout_s,
-            error,
-        )
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def synchronize(self, timeout_s: float = 60) -> None:
         """Wait until every slice is on the device.
@@ -164,9 +171,11 @@ class Gather:
         Returns:
             Whether it ended within 0.3 s. If not, the ring stays until the process ends.
         """
-        ended = self._end()
         self._handle = ffi.NULL
-        return ended is not False
+        if self._ended is None:
+            self._ended = False  # also after a Ctrl-C, when nobody knows
+            self._ended = self._end() is not False
+        return self._ended
 
     def __enter__(self) -> Gather:
         return self
@@ -175,5 +184,10 @@ class Gather:
         self.close()
 
 
-def _end_gather(handle: Any) -> bool:
+def _close(handle: Any) -> bool:
     return bool(lib.sllm_gather_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) == lib.SLLM_OK)
+
+
+def _end_gather(out: Any) -> bool:
+    handle, out[0] = out[0], ffi.NULL
+    return _close(handle)

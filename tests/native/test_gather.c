@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "align.h"
 #include "check.h"
 #include "fake_device.h"
 #include "ring.h"
@@ -90,10 +91,13 @@ static test_slice random_slice(check_random *random)
                             check_random_below(random, 1ull << check_random_below(random, 15)),
                         .odd = check_random_below(random, 130)};
     slice.stride = slice.row_bytes;
-    if (check_random_below(random, 3) != 0) {
+    uint64_t shape = check_random_below(random, 6);
+    if (shape == 0) {
+        slice.stride = 0; /* one row, repeated */
+    } else if (shape > 2) {
         slice.stride += check_random_below(random, 3000);
     }
-    while (slice.rows * slice.stride > SOURCE_BYTES / 2) {
+    while (slice.rows * sllmi_max(slice.row_bytes, slice.stride) > SOURCE_BYTES / 2) {
         slice.rows /= 2;
     }
     slice.start = check_random_below(random, SOURCE_BYTES / 2);
@@ -211,6 +215,10 @@ TEST(no_wait_is_longer_than_its_deadline_and_every_one_can_be_taken_up_again)
                                       SLOT_BYTES, 20, &err),
                      &err, SLLM_E_BUSY);
     }
+    CHECK_STATUS(sllm_gather_copy(bench.gather, address, bench.source + 1, 5, SLOT_BYTES,
+                                  SLOT_BYTES, 20, &err),
+                 &err, SLLM_E_INVALID); /* another slice */
+    CHECK_TEXT(err.message, "of another slice");
     CHECK_STATUS(sllm_gather_close(bench.gather, 20, &err), &err, SLLM_E_BUSY);
     fake_hold(false);
     CHECK_OK(sllm_gather_copy(bench.gather, address, bench.source, 5, SLOT_BYTES, SLOT_BYTES, 60000,

@@ -135,9 +135,24 @@ def test_a_gather_packs_rows_through_slots() -> None:
         kept = native.Gather(device, ring)
         with pytest.raises(errors.NativeError, match="is not one"):
             kept.copy(target.address, source.address, rows=2, row_bytes=2, source_stride_bytes=1)
+        with pytest.raises(errors.NativeError, match="not a gather"):  # it has closed itself
+            kept.copy(target.address, source.address, rows=1, row_bytes=1, source_stride_bytes=1)
     assert kept.close()
     rows = [bytes(source.buffer[7 + i * 1000 : 307 + i * 1000]) for i in range(64)]
     assert bytes(target.buffer) == b"".join(rows)
+
+
+def test_a_gather_repeats_a_row_that_has_no_stride() -> None:
+    source, target = native.Memory.create(300), native.Memory.create(40 * 300)
+    source.buffer[:] = bytes(range(150)) * 2
+    with (
+        native.Device("cpu") as device,
+        native.Ring(device, 4096, 2) as ring,
+        native.Gather(device, ring) as gather,
+    ):
+        gather.copy(target.address, source.address, rows=40, row_bytes=300, source_stride_bytes=0)
+        gather.synchronize()
+    assert bytes(target.buffer) == bytes(source.buffer) * 40
 
 
 def test_a_forked_child_may_not_use_devices_and_rings(shard: tuple[int, str, bytes]) -> None:

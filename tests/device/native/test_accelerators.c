@@ -481,6 +481,43 @@ TEST(a_gather_may_end_on_a_thread_that_is_not_on_its_device)
     emulator_check_empty();
 }
 
+static void repeat_a_row(void *argument)
+{
+    enum { ROWS = 300, ROW_BYTES = 1000 };
+    struct gather_case *test = argument;
+    sllm_gather *gather;
+    sllm_error err;
+    unsigned char source[ROW_BYTES], *target = emulator_memory.alloc(0, ROWS * ROW_BYTES);
+    for (int i = 0; i < ROW_BYTES; i++) {
+        source[i] = (unsigned char)(i % 251);
+    }
+    CHECK(emulator()->aclrtSetDevice(0) == 0);
+    CHECK_OK(sllm_gather_open(test->device, test->ring, 0, &gather, &err), &err);
+    sllm_status status;
+    do {
+        status = sllm_gather_copy(gather, (uint64_t)(uintptr_t)target, source, ROWS, ROW_BYTES, 0,
+                                  100, &err);
+    } while (status == SLLM_E_BUSY);
+    CHECK_OK(status, &err);
+    CHECK_OK(sllm_gather_close(gather, 60000, &err), &err);
+    for (uint64_t row = 0; row < ROWS; row++) {
+        CHECK(memcmp(emulator_memory.look(target) + row * ROW_BYTES, source, ROW_BYTES) == 0);
+    }
+    emulator_memory.free(target);
+}
+
+TEST(a_row_with_no_stride_is_repeated)
+{
+    struct gather_case test = {0};
+    sllm_error err;
+    CHECK_OK(sllm_device_open(backend(), 0, &test.device, &err), &err);
+    CHECK_OK(sllm_ring_create(test.device, 65536, 2, &test.ring, &err), &err);
+    on_a_thread(repeat_a_row, &test);
+    sllm_ring_destroy(test.ring);
+    sllm_device_close(test.device);
+    emulator_check_empty();
+}
+
 static void close_while_held(void *argument)
 {
     struct gather_case *test = argument;
