@@ -28,6 +28,7 @@ class Delivery:
     Attributes:
         segment_bytes: Of a whole part.
         got: Parts that came.
+        reason: Why others did not, in the store's words, if something went wrong there.
 
     Raises:
         StoreError: The answer makes no sense.
@@ -39,6 +40,7 @@ class Delivery:
         self.segment_bytes = client.segment_bytes
         self._from_cache = 0.0
         self.got: set[Piece] = set()
+        self.reason: str | None = None
         try:
             self._coming = {(int(shard), int(index)) for shard, index in attached["coming"]}
         except (KeyError, TypeError, ValueError) as exc:
@@ -101,6 +103,7 @@ class Delivery:
         stats.disk_bytes += read - cached
 
     def _settle(self, message: Message) -> None:
+        self.reason = str(message["reason"]) if message.get("reason") else None
         disk, cache = int(message.get("disk_bytes", 0)), int(message.get("cache_bytes", 0))
         self._from_cache = cache / (disk + cache) if cache > 0 else 0.0
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sllmctl.errors import SllmError
 from sllmctl.native import Extent, Job, Progress, Segment
 from sllmctl.store.files import identify
+from sllmctl.store.protocol import FILES_CHANGED
 from sllmctl.store.residency import Identity, Piece
 
 CHUNK_BYTES = 8 * 2**20
@@ -102,7 +103,7 @@ def _follow(
         if stopped():
             return "the store is going down"
         if finished and identify([fd for fd, _ in work.files]) != work.identity:
-            return "the files changed while they were read"
+            return FILES_CHANGED
         done = job.chunks_done(0, sum(chunks))
         arrived = [
             number

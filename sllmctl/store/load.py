@@ -78,7 +78,7 @@ def load_named(
     """Load every tensor of a model that a store has by its name; its descriptors are closed.
 
     Raises:
-        CheckpointError: ``verify``: digests are in a file beside the weights.
+        CheckpointError: A file was written to; ``verify``: digests are beside the weights.
         SllmError: As ``core.load.load`` raises them.
     """
 
@@ -87,9 +87,11 @@ def load_named(
         place_parts(memories, held, model.delivery)
 
     try:
-        return _load(
+        loaded = _load(
             model.checkpoint, options, model.client, model.delivery, model.files, place, progress
         )
+        model.check_files()
+        return loaded
     finally:
         model.close()
 
@@ -103,7 +105,7 @@ def load_named_to_devices(
     """Bring a model that a store has by its name to devices; its lease ends.
 
     Raises:
-        CheckpointError: ``verify``: digests are in a file beside the weights.
+        CheckpointError: A file was written to; ``verify``: digests are beside the weights.
         ReadError, DeviceError: As ``DeviceLoad.read`` raises them.
     """
     started = time.perf_counter()
@@ -116,6 +118,7 @@ def load_named_to_devices(
         delivery.count(stats, checkpoint.shards)
         stats.mapped_bytes = 0
         count_files(stats, load.read(map(model.span, delivery.missing())))
+        model.check_files()
     finally:
         model.close()
         model.client.close()

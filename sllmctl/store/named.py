@@ -7,11 +7,12 @@ from pathlib import Path
 
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, ParsedShard, open_shards, parse_shard
 from sllmctl.core.device_load import Span
+from sllmctl.core.load import check_stamp, stamp_of
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import CheckpointError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.delivery import Delivery
-from sllmctl.store.protocol import Message, close_fds
+from sllmctl.store.protocol import FILES_CHANGED, Message, close_fds
 from sllmctl.store.residency import Piece
 
 
@@ -35,13 +36,14 @@ class NamedModel:
 
     Raises:
         StoreError: The store has no such model, or not all of it, or goes away.
-        CheckpointError: The model is damaged.
+        CheckpointError: The model is damaged, or was written to while the store read it.
     """
 
     def __init__(self, client: StoreClient, name: str, progress: ProgressFn | None = None) -> None:
         self.client = client
         self.held: dict[Piece, int] = {}
         self.files: list[int] = []
+        self._stamps: list[tuple[int, int]] = []
         self._shards: list[tuple[str, int]] = []
         try:
             attached = client.ask({"op": "attach", "name": name})
@@ -51,6 +53,10 @@ class NamedModel:
                 raise StoreError("the store's list of files makes no sense") from exc
             self.delivery = Delivery(client, attached, [size for _, size in self._shards])
             self._take_segments(progress)
+            if self.delivery.reason == FILES_CHANGED:
+                raise CheckpointError(
+                    f"the files of `{name}` changed while the store read them", hint="load it again"
+                )
             missing = self.delivery.missing()
             if missing and not self.files:
                 raise StoreError(
@@ -68,6 +74,15 @@ class NamedModel:
         close_fds([*self.held.values(), *self.files])
         self.held, self.files = {}, []
 
+    def check_files(self) -> None:
+        """Refuse files that were written to since they came: segments hold what they were.
+
+        Raises:
+            CheckpointError: One was.
+        """
+        for shard, fd, stamp in zip(self.checkpoint.shards, self.files, self._stamps, strict=False):
+            check_stamp(shard, fd, stamp)
+
     def span(self, piece: Piece) -> Span:
         """Where a part is: in a segment, or in the shard's own file."""
         shard, index = piece
@@ -82,6 +97,7 @@ class NamedModel:
         while len(self._shards) < attached["shards"]:
             message, fds = self.client.receive()
             self.files += fds
+            self._stamps += map(stamp_of, fds)
             listed = list(zip(message["names"], message["sizes"], strict=True))
             if not listed or len(fds) not in (0, len(listed)):
                 raise ValueError("as many descriptors as names, or none")

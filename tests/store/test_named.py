@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from sllmctl.core.placement import DeviceMap
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.files import open_named, take_files
-from sllmctl.store.load import load_named_to_devices
+from sllmctl.store.load import load_named, load_named_to_devices
 from sllmctl.store.named import NamedModel
 from tests.conftest import same_bits
 from tests.store.conftest import MIB, RunningStore
@@ -198,6 +199,24 @@ def test_a_replaced_model_that_is_gone_is_the_newer_one(
     warm(store, "m")
     shutil.rmtree(path)
     assert_equal(load(store, "m").tensors, want)
+
+
+@pytest.mark.parametrize("to_device", [False, True])
+def test_a_file_that_is_written_to_once_it_is_handed_out_is_refused(
+    store: RunningStore, make_model: MakeModel, to_device: bool
+) -> None:
+    """What is warm is the old file's, and what is read would be the new one's."""
+    path = make_model("large", mib=100)
+    named, options = NamedModel(StoreClient(store.socket), "large"), LoadOptions()
+    os.utime(max(path.glob("*.safetensors")), ns=(1, 1))
+    run = partial(load_named, named, options)
+    if to_device:
+        placement = DeviceMap.parse("cpu").place(named.checkpoint)
+        ready = DeviceLoad(named.checkpoint, placement, options)
+        run = partial(load_named_to_devices, named, ready, options)
+    with pytest.raises(CheckpointError, match="changed while it was loaded"):
+        run()
+    named.client.close()
 
 
 def test_digests_that_are_gone_are_not_passed_over(
