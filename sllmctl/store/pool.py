@@ -102,22 +102,26 @@ class Pool:
         self.reap()
         segments: list[Segment] = []
         with self._changed:
-            while len(segments) < count:
-                if self._free:
-                    segments.append(self._free.pop())
-                elif len(self._all) < self.capacity:
-                    try:
+            try:
+                while len(segments) < count:
+                    if self._free:
+                        segments.append(self._free.pop())
+                    elif len(self._all) < self.capacity:
                         segments.append(self._make())
-                    except HostMemoryError:
+                    elif self._in_hand:  # for as long as the kernel takes to supply 32 MiB
+                        self._wanted = True
+                        self._changed.wait(_PREFAULT_DEADLINE_S)
+                        if not self._free:
+                            break
+                    else:
                         break
-                elif self._in_hand:  # for as long as the kernel takes to supply 32 MiB
-                    self._wanted = True
-                    self._changed.wait(_PREFAULT_DEADLINE_S)
-                    if not self._free:
-                        break
-                else:
-                    break
-            self._wanted = False
+            except HostMemoryError:
+                pass  # what there is
+            except BaseException:
+                self._free += segments
+                raise
+            finally:
+                self._wanted = False
         return segments
 
     def release(self, segment: Segment) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllmctl.errors import ConfigError
+from sllmctl.errors import ConfigError, StoreError
 from sllmctl.native import Segment
+from sllmctl.store.backing import Backing
 from sllmctl.store.pool import Pool, choose_segment_bytes
 from sllmctl.store.residency import Lease, StoredModel, choose_victims
 
@@ -36,6 +37,22 @@ def test_never_more_segments_exist_than_the_budget_has() -> None:
     pool.release(segments.pop())
     assert pool.available() == 1
     assert len(pool.obtain(9)) == 1
+
+
+def test_a_segment_that_cannot_be_made_costs_none_of_the_others() -> None:
+    made = []
+
+    def make(nbytes: int) -> Segment:
+        if len(made) == 3:
+            raise StoreError("no descriptor is left")
+        made.append(Segment(nbytes))
+        return made[-1]
+
+    pool = Pool(4 * SEGMENT, SEGMENT, lambda *_: Backing("memfd", 4096, make))
+    pool.release(pool.obtain(1)[0])
+    with pytest.raises(StoreError, match="no descriptor"):
+        pool.obtain(4)
+    assert sorted(map(id, pool.obtain(3))) == sorted(map(id, made))
 
 
 def test_a_segment_that_somebody_sees_is_an_orphan_until_nobody_does() -> None:
