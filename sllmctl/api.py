@@ -60,13 +60,22 @@ def load(
     """
     return prepare_load(
         model,
-        device if device_map is None else device_map,
+        _where(device, device_map),
         storage_path,
         store,
         socket,
         label,
         options,
     )(progress)
+
+
+def _where(device: object, device_map: object) -> object:
+    if device_map is not None and str(device) != "cpu":
+        raise ConfigError(
+            f"both device `{device}` and a device_map say where to load",
+            hint='give one of them; {"": device} in a map is for all that no other entry names',
+        )
+    return device if device_map is None else device_map
 
 
 def start_load(
@@ -95,7 +104,7 @@ def start_load(
     return Loading(
         prepare_load(
             model,
-            device if device_map is None else device_map,
+            _where(device, device_map),
             storage_path,
             store,
             socket,
@@ -118,8 +127,8 @@ def load_tensors(
     """Load every tensor of a checkpoint, by name.
 
     Tensors are writable, and no write reaches the file. Each keeps the memory alive that it looks
-    into; nothing has to be closed. In host memory each has a storage of its own; on a device many
-    share one of at most 1 GiB.
+    into; nothing has to be closed. Loaded to host memory alone, each has a storage of its own; in a
+    load to devices many share one of at most 1 GiB, also those that go to the cpu.
 
     Args:
         model: A path, or a name below the storage path.

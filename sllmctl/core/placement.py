@@ -29,11 +29,13 @@ class DeviceMap:
         modules: A device for what is below each module; ``""`` is all the rest.
         spread: Accelerators to choose from instead, by their room.
         balanced: Whether to give each of them the same, rather than to fill one after the other.
+        exact: Whether a module that a checkpoint lacks is an error.
     """
 
     modules: Mapping[str, DeviceSpec]
     spread: Sequence[DeviceSpec] = ()
     balanced: bool = False
+    exact: bool = False
 
     @classmethod
     def parse(cls, device_map: object) -> DeviceMap:
@@ -59,7 +61,7 @@ class DeviceMap:
                     f"device_map names devices of two kinds: {' and '.join(sorted(kinds))}",
                     hint="load to one kind of accelerator at a time, and to cpu besides",
                 )
-            return cls(modules)
+            return cls(modules, exact=True)
         if device_map not in _SPREADS:
             return cls({"": find_device(device_map)})
         devices = accelerators() or [DeviceSpec("cpu")]
@@ -71,7 +73,7 @@ class DeviceMap:
         """Choose a device for every name of a checkpoint.
 
         Raises:
-            ConfigError: The map says nothing about a tensor.
+            ConfigError: The map says nothing about a tensor, or names what the checkpoint lacks.
             DeviceError: The accelerators together have no room.
         """
         names = [*checkpoint.tensors, *checkpoint.aliases]
@@ -79,7 +81,23 @@ class DeviceMap:
             return _place_by_room(checkpoint, self.spread, balanced=self.balanced)
         if list(self.modules) == [""]:
             return dict.fromkeys(names, self.modules[""])
-        return {name: self._find(name) for name in names}
+        placement = {name: self._find(name) for name in names}
+        if self.exact:
+            self._require_tensors(checkpoint)
+        return placement
+
+    def _require_tensors(self, checkpoint: Checkpoint) -> None:
+        there = {""}
+        for name in [*checkpoint.tensors, *checkpoint.aliases]:
+            while name not in there:
+                there.add(name)
+                name = name.rpartition(".")[0]
+        for module in self.modules:
+            if module not in there:
+                raise ConfigError(
+                    f"device_map names `{module}`, and `{checkpoint.path}` has no tensor there",
+                    hint="leave it out, or write it as in the names of the checkpoint's tensors",
+                )
 
     def _find(self, name: str) -> DeviceSpec:
         module = name

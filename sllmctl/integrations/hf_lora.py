@@ -18,6 +18,7 @@ from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import find_device
 from sllmctl.core.header import shown
 from sllmctl.core.manifest import Origin
+from sllmctl.core.placement import DeviceMap
 from sllmctl.core.write.convert import convert
 from sllmctl.core.write.target import require_replaceable
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
@@ -210,7 +211,8 @@ def _place(model: Any, device_map: Any) -> object:
             )
     if len(devices) == 1:
         return devices[0]
-    return {"": devices[0]} | {_PREFIX + name: device for name, device in of_module.items()}
+    places = {"": devices[0]} | {_PREFIX + name: device for name, device in of_module.items()}
+    return DeviceMap({name: find_device(device) for name, device in places.items()})
 
 
 def _attach(

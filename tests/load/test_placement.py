@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllmctl import load_tensors
+from sllmctl import api, load_tensors
 from sllmctl.core import placement as placement_module
 from sllmctl.core import slabs as slabs_module
 from sllmctl.core.checkpoint import open_checkpoint
@@ -42,6 +43,23 @@ class TestDeviceMap:
     def test_a_tensor_that_no_entry_names_is_an_error(self, layers: Path) -> None:
         with pytest.raises(ConfigError, match=r"says nothing about `model\.layers\.0\.a\.weight`"):
             DeviceMap({"model.embed": CPU}).place(open_checkpoint(layers))
+
+    @pytest.mark.parametrize("name", ["model.layer", "model.layers.12", "layers", "model.embed.w"])
+    def test_an_entry_that_no_tensor_is_below_is_an_error(self, layers: Path, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"names `{name}`, and .* has no tensor there"):
+            load_tensors(layers, device_map={"": "cpu", name: "cpu"}, store="off")
+
+    def test_an_entry_may_be_a_tensor_or_hidden_by_longer_ones(self, layers: Path) -> None:
+        modules = {"": CPU, "model": CPU, "model.layers": NPU0, "model.embed.weight": NPU1}
+        placed = DeviceMap(modules, exact=True).place(open_checkpoint(layers))
+        assert set(placed.values()) == {NPU0, NPU1}
+
+    @pytest.mark.parametrize("load", [api.load, api.start_load, api.load_tensors])
+    def test_a_device_beside_a_map_is_an_error(
+        self, layers: Path, load: Callable[..., object]
+    ) -> None:
+        with pytest.raises(ConfigError, match="both device `npu:0` and a device_map"):
+            load(layers, "npu:0", device_map={"": "cpu"}, store="off")
 
     @pytest.mark.parametrize("wrong", [{"": "disk"}, {"": "auto"}, {3: "cpu"}, {"": "tpu"}, "best"])
     def test_what_is_no_device_is_an_error(self, wrong: object) -> None:
