@@ -254,7 +254,8 @@ const char *sllm_backend_name(uint32_t index);
  * The caller's thread keeps its current device: whatever sets one happens on threads of ours. Where
  * torch_npu is used, let it start first: it gives the runtime a configuration when it does.
  *
- * Threads: any. The caller ends it with sllm_device_close(); rings and jobs that use it keep it.
+ * Threads: any. Blocks: while the runtime starts, seconds; up to 2 minutes for each of its answers
+ * where it hangs. The caller ends it with sllm_device_close(); rings and jobs that use it keep it.
  */
 sllm_status sllm_device_open(const char *backend, int32_t ordinal, sllm_device **device_out,
                              sllm_error *err);
@@ -278,7 +279,12 @@ void sllm_device_close(sllm_device *device);
 sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t count,
                              sllm_ring **ring_out, sllm_error *err);
 
-/** Unpin and free, now or with the last job that uses it. NULL is fine. */
+/**
+ * Unpin and free, now or with the last job that uses it. NULL is fine.
+ *
+ * Threads: any. Blocks: while pages are unpinned; for a minute where the runtime hangs, and it keeps
+ * them.
+ */
 void sllm_ring_destroy(sllm_ring *ring);
 
 /* ---- gather: slices of host memory to a device --------------------------------------------- */

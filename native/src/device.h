@@ -25,7 +25,8 @@ typedef struct sllmi_device_ops {
     sllm_status (*bind_thread)(void *dev, sllm_error *err); /* first call of each worker */
     /* Staging memory, aligned to SLLM_PAGE_BYTES. */
     sllm_status (*host_alloc)(void *dev, size_t bytes, void **ptr_out, sllm_error *err);
-    void (*host_free)(void *dev, void *ptr);
+    /* SLLM_E_TIMEOUT: the runtime hangs, and would at the next one; else SLLM_OK. */
+    sllm_status (*host_free)(void *dev, void *ptr);
     sllm_status (*queue_open)(void *dev, void **queue_out, sllm_error *err);
     void (*queue_close)(void *queue); /* after drain(), on the thread that opened; NULL-safe */
     /* Start a host-to-device copy; `src` must stay as it is until a later fence has passed. */

@@ -46,10 +46,11 @@ static sllm_status cpu_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_
     return SLLM_OK;
 }
 
-static void cpu_host_free(void *dev, void *ptr)
+static sllm_status cpu_host_free(void *dev, void *ptr)
 {
     (void)dev;
     free(ptr);
+    return SLLM_OK;
 }
 
 static sllm_status cpu_queue_open(void *dev, void **queue_out, sllm_error *err)

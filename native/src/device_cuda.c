@@ -230,7 +230,7 @@ static sllm_status cuda_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm
     return status;
 }
 
-static void cuda_host_free(void *dev, void *ptr)
+static sllm_status cuda_host_free(void *dev, void *ptr)
 {
     const cuda_device *device = dev;
     sllmi_request request = {.run = unpin,
@@ -240,7 +240,7 @@ static void cuda_host_free(void *dev, void *ptr)
                              .timeout_ms = CALL_TIMEOUT_MS,
                              .memory = ptr};
     sllm_error ignored;
-    (void)sllmi_aside(&request, &ignored);
+    return sllmi_aside(&request, &ignored) == SLLM_E_TIMEOUT ? SLLM_E_TIMEOUT : SLLM_OK;
 }
 
 /* ---- queues: a stream, and events as fences ------------------------------------------------ */

@@ -182,7 +182,7 @@ static sllm_status npu_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_
     return status;
 }
 
-static void npu_host_free(void *dev, void *ptr)
+static sllm_status npu_host_free(void *dev, void *ptr)
 {
     const npu_device *device = dev;
     sllmi_request request = {.run = unpin,
@@ -192,7 +192,7 @@ static void npu_host_free(void *dev, void *ptr)
                              .timeout_ms = CALL_TIMEOUT_MS,
                              .memory = ptr};
     sllm_error ignored;
-    (void)sllmi_aside(&request, &ignored);
+    return sllmi_aside(&request, &ignored) == SLLM_E_TIMEOUT ? SLLM_E_TIMEOUT : SLLM_OK;
 }
 
 /* ---- queues: a stream, and events as fences ------------------------------------------------ */

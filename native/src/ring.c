@@ -79,8 +79,9 @@ void sllm_ring_destroy(sllm_ring *ring)
     if (ring == NULL || ring->pid != getpid() || atomic_fetch_sub(&ring->users, 1) > 1) {
         return;
     }
-    for (uint32_t i = 0; i < ring->count; i++) {
-        ring->device->ops->host_free(ring->device->dev, ring->slots[i].memory);
+    sllm_status status = SLLM_OK; /* a runtime that hangs keeps the other slots */
+    for (uint32_t i = 0; status == SLLM_OK && i < ring->count; i++) {
+        status = ring->device->ops->host_free(ring->device->dev, ring->slots[i].memory);
     }
     pthread_cond_destroy(&ring->returned);
     pthread_mutex_destroy(&ring->lock);

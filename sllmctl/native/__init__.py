@@ -1,7 +1,8 @@
 """The native library as Python types. The only importer of ``_native``.
 
 Handles end when the last reference goes; what a failing call says becomes an exception of
-``errors.py``. Every blocking call returns within 200 ms, so that Ctrl-C is answered.
+``errors.py``. Ctrl-C is answered within 0.3 s, but for two calls while a runtime hangs: giving a
+ring's memory back, and ending a gather on a thread whose current device is another.
 """
 
 from sllmctl.native.calls import abi_version, status_name

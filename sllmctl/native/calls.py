@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 from sllmctl import errors
@@ -66,6 +68,26 @@ def owned(kind: str, destroy: Callable[[Any], object], nbytes: int = 0) -> Any:
         nbytes: What it holds, for the garbage collector.
     """
     return ffi.gc(ffi.new(f"{kind} **"), lambda out: out[0] and destroy(out[0]), nbytes)
+
+
+def call_aside(call: Callable[[], int]) -> int:
+    """Make a call that may take minutes on a thread, so that Ctrl-C is answered meanwhile: the
+    thread then ends with the call, and what it made is given back."""
+    answer: Future[int] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as exc:
+            answer.set_exception(exc)
+
+    try:
+        threading.Thread(target=run, name="sllmctl-open", daemon=True).start()
+    except RuntimeError:  # no thread can be had
+        return call()
+    while not wait([answer], WAIT_SLICE_MS / 1000).done:
+        pass
+    return answer.result()
 
 
 def wait_in_slices(call: Callable[[int], int], timeout_s: float, error: Any) -> None:

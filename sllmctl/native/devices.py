@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from sllmctl._native import ffi, lib
-from sllmctl.native.calls import CLOSE_TIMEOUT_MS, check, owned, wait_in_slices
+from sllmctl.native.calls import CLOSE_TIMEOUT_MS, call_aside, check, owned, wait_in_slices
 
 
 class Device:
@@ -21,18 +21,23 @@ class Device:
         DeviceError: The runtime refused it.
     """
 
-    __slots__ = ("_handle", "kind", "ordinal")
+    __slots__ = ("_out", "kind", "ordinal")
 
     def __init__(self, kind: str, ordinal: int = 0) -> None:
-        out, error = ffi.new("sllm_device **"), ffi.new("sllm_error *")
-        check(lib.sllm_device_open(kind.encode(), ordinal, out, error), error)
-        self._handle = ffi.gc(out[0], lib.sllm_device_close)
+        out, error = owned("sllm_device", lib.sllm_device_close), ffi.new("sllm_error *")
+        name = kind.encode()
+        check(call_aside(lambda: lib.sllm_device_open(name, ordinal, out, error)), error)
+        self._out = out
         self.kind = kind
         self.ordinal = ordinal
 
+    @property
+    def _handle(self) -> Any:
+        return ffi.NULL if self._out is None else self._out[0]
+
     def close(self) -> None:
         """Give the device back; what still uses it keeps it for as long."""
-        self._handle = ffi.NULL
+        self._out = None
 
     def __enter__(self) -> Device:
         return self
@@ -57,18 +62,28 @@ class Ring:
         DeviceError: The runtime refused.
     """
 
-    __slots__ = ("_handle", "count", "slot_bytes")
+    __slots__ = ("_out", "count", "slot_bytes")
 
     def __init__(self, device: Device, slot_bytes: int, count: int) -> None:
-        out, error = ffi.new("sllm_ring **"), ffi.new("sllm_error *")
-        check(lib.sllm_ring_create(device._handle, slot_bytes, count, out, error), error)
-        self._handle = ffi.gc(out[0], lib.sllm_ring_destroy, slot_bytes * count)
+        out = owned("sllm_ring", lib.sllm_ring_destroy, slot_bytes * count)
+        error, keep = ffi.new("sllm_error *"), device._out
+
+        def create() -> int:
+            handle = ffi.NULL if keep is None else keep[0]
+            return int(lib.sllm_ring_create(handle, slot_bytes, count, out, error))
+
+        check(call_aside(create), error)
+        self._out = out
         self.slot_bytes = slot_bytes
         self.count = count
 
+    @property
+    def _handle(self) -> Any:
+        return ffi.NULL if self._out is None else self._out[0]
+
     def close(self) -> None:
         """Give the memory back; a job that still uses it keeps it for as long."""
-        self._handle = ffi.NULL
+        self._out = None
 
     def __enter__(self) -> Ring:
         return self

@@ -133,11 +133,12 @@ static sllm_status fake_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm
     return status;
 }
 
-static void fake_host_free(void *dev, void *ptr)
+static sllm_status fake_host_free(void *dev, void *ptr)
 {
     CHECK(dev != NULL && ptr != NULL);
     host_blocks--;
     free(ptr);
+    return SLLM_OK;
 }
 
 /* Some copy that is not done. */

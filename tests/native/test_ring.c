@@ -211,3 +211,40 @@ TEST(a_ring_that_does_not_fit_leaves_nothing_behind)
     }
     sllm_device_close(device);
 }
+
+static int allocations, frees;
+
+static sllm_status free_and_hang(void *dev, void *ptr)
+{
+    (void)dev;
+    frees++;
+    free(ptr);
+    return SLLM_E_TIMEOUT;
+}
+
+static void *allocated[4];
+
+static sllm_status alloc_and_remember(void *dev, size_t bytes, void **ptr_out, sllm_error *err)
+{
+    sllm_status status = sllmi_device_cpu.host_alloc(dev, bytes, ptr_out, err);
+    allocated[allocations++] = *ptr_out;
+    return status;
+}
+
+TEST(a_runtime_that_hangs_is_waited_for_once_and_keeps_the_other_slots)
+{
+    sllmi_device_ops ops = sllmi_device_cpu;
+    sllm_device *device;
+    sllm_error err;
+    ops.host_alloc = alloc_and_remember;
+    ops.host_free = free_and_hang;
+    CHECK_OK(sllmi_device_open_ops(&ops, 0, &device, &err), &err);
+    sllm_ring *ring = make_ring(device, 4);
+    CHECK_U64(allocations, 4);
+    sllm_ring_destroy(ring);
+    CHECK_U64(frees, 1);
+    for (int i = 1; i < 4; i++) {
+        free(allocated[i]);
+    }
+    sllm_device_close(device);
+}

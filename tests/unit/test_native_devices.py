@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,66 @@ def test_a_load_to_devices_needs_a_ring_whose_slots_hold_a_chunk(
         )
     with pytest.raises(errors.NativeError, match="no ring"):
         native.Ring(device, SLOT_BYTES, 1)
+
+
+class HungLibrary:
+    """A library whose runtime does not answer when a ring or a device is made, until it may."""
+
+    def __init__(self) -> None:
+        self.entered, self.may_answer, self.ended = (threading.Event() for _ in range(3))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(lib, name)
+
+    def _hang(self, call: Callable[..., int], *arguments: object) -> int:
+        self.entered.set()
+        assert self.may_answer.wait(60)
+        return call(*arguments)
+
+    def sllm_device_open(self, *arguments: object) -> int:
+        return self._hang(lib.sllm_device_open, *arguments)
+
+    def sllm_ring_create(self, *arguments: object) -> int:
+        return self._hang(lib.sllm_ring_create, *arguments)
+
+    def _end(self, destroy: Callable[[object], None], handle: object) -> None:
+        destroy(handle)
+        self.ended.set()
+
+    def sllm_device_close(self, handle: object) -> None:
+        self._end(lib.sllm_device_close, handle)
+
+    def sllm_ring_destroy(self, handle: object) -> None:
+        self._end(lib.sllm_ring_destroy, handle)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("what", ["device", "ring"])
+def test_ctrl_c_interrupts_a_runtime_that_hangs_and_nothing_stays_behind(
+    what: str, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, device = HungLibrary(), native.Device("cpu")
+
+    def interrupt() -> None:
+        assert library.entered.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("sllmctl.native.devices.lib", library)
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        native.Device("cpu") if what == "device" else native.Ring(device, SLOT_BYTES, 2)
+    other.join()
+    assert not library.ended.is_set()
+    library.may_answer.set()
+    assert library.ended.wait(60)
 
 
 def test_a_gather_packs_rows_through_slots() -> None:
