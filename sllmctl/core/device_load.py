@@ -165,7 +165,8 @@ class DeviceLoad:
         if not extents:
             return None
         chunk_bytes = self._chunk_bytes
-        chunks = len(extents) + sum(extent.nbytes for extent in extents) // chunk_bytes
+        # Neighbours are read together.
+        chunks = len(files) + sum(extent.nbytes for extent in extents) // chunk_bytes
         with (
             borrow_ring(
                 self._pinning, chunk_bytes=chunk_bytes, chunks=chunks, readers=self._readers

@@ -15,6 +15,9 @@ READERS = 8
 CHUNK_BYTES = 8 * 2**20
 _SLOTS_A_READER = 2
 """One to read into, while another is being copied from."""
+_RING_BYTES = 256 * 2**20
+"""What large chunks or many readers share: pinned memory is lost to all else on the machine, and
+takes time to get. Two slots there are in any case, so that a read and a copy overlap."""
 
 _lock = threading.Lock()
 _devices: dict[DeviceSpec, Device] = {}
@@ -53,7 +56,7 @@ def borrow_ring(spec: DeviceSpec, *, chunk_bytes: int, chunks: int, readers: int
         DeviceError: The runtime refuses.
     """
     slot_bytes = chunk_bytes + PAGE_BYTES
-    count = max(2, min(_SLOTS_A_READER * readers, chunks))
+    count = max(2, min(_SLOTS_A_READER * readers, chunks, _RING_BYTES // slot_bytes))
     device = open_device(spec)
     with _lock:
         ring = _idle.pop(spec, None)

@@ -179,6 +179,20 @@ class TestRings:
         rings.release_staging([CPU])
         assert not rings._idle
 
+    def test_a_small_load_has_few_slots_however_many_tensors_it_has(self, tmp_path: Path) -> None:
+        path = api.save_tensors({str(n): torch.zeros(64) for n in range(100)}, tmp_path / "m")
+        rings.release_staging()
+        assert_equal(load_staged(path, LoadOptions()).tensors, path)
+        (ring,) = rings._idle.values()
+        assert ring.count == 2
+
+    @pytest.mark.parametrize(("chunk_mib", "slots"), [(1, 128), (8, 31), (100, 2), (200, 2)])
+    def test_many_readers_and_large_chunks_share_256_mib(self, chunk_mib: int, slots: int) -> None:
+        rings.release_staging()
+        with rings.borrow_ring(CPU, chunk_bytes=chunk_mib * 2**20, chunks=1000, readers=64) as ring:
+            assert ring.count == slots
+        rings.release_staging()
+
     def test_loads_at_the_same_time_have_one_each(self, tiny_checkpoint: Path) -> None:
         with (
             rings.borrow_ring(CPU, chunk_bytes=4096, chunks=9, readers=1) as one,
