@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from sllmctl._native import ffi, lib
-from sllmctl.native.calls import check
+from sllmctl.native.calls import check, owned
 
 
 class Memory:
@@ -20,8 +20,8 @@ class Memory:
 
     __slots__ = ("_handle", "address", "buffer", "nbytes", "writable")
 
-    def __init__(self, handle: Any, lease: object = None) -> None:
-        self._handle = handle
+    def __init__(self, out: Any, lease: object = None) -> None:
+        self._handle = handle = out[0]
         self.nbytes: int = lib.sllm_memory_bytes(handle)
         self.writable: bool = bool(lib.sllm_memory_writable(handle))
         address = lib.sllm_memory_address(handle)
@@ -31,7 +31,7 @@ class Memory:
         # What it holds besides ends after the mapping: a store's lease, say.
         owner = ffi.gc(
             ffi.cast("char *", address),
-            lambda _, destroy=lib.sllm_memory_destroy, handle=handle, lease=lease: destroy(handle),
+            lambda _, release=ffi.release, out=out, lease=lease: release(out),
             self.nbytes,
         )
         self.buffer: Any = ffi.buffer(owner, self.nbytes)
@@ -48,9 +48,10 @@ class Memory:
         Raises:
             HostMemoryError: The address space or the memory cannot be had.
         """
-        out, error = ffi.new("sllm_memory **"), ffi.new("sllm_error *")
+        out = owned("sllm_memory", lib.sllm_memory_destroy)
+        error = ffi.new("sllm_error *")
         check(lib.sllm_memory_create(nbytes, file_offset, out, error), error)
-        return cls(out[0], lease)
+        return cls(out, lease)
 
     def place(self, offset: int, fd: int, nbytes: int) -> None:
         """Map a private view of a segment's first bytes over a part of this memory.
@@ -69,12 +70,13 @@ class Memory:
             ReadError: The file ends before the range does, or cannot be mapped.
             HostMemoryError: The address space cannot be had.
         """
-        out, error = ffi.new("sllm_memory **"), ffi.new("sllm_error *")
+        out = owned("sllm_memory", lib.sllm_memory_destroy)
+        error = ffi.new("sllm_error *")
         check(
             lib.sllm_memory_map(fd, os.fsencode(path), file_offset, nbytes, out, error),
             error,
         )
-        return cls(out[0])
+        return cls(out)
 
 
 class Segment:
@@ -95,7 +97,7 @@ class Segment:
         NativeError: The second directory is not read-only.
     """
 
-    __slots__ = ("_handle", "address", "nbytes")
+    __slots__ = ("_handle", "_out", "address", "nbytes")
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class Segment:
         *,
         as_before: tuple[int, int] | None = None,
     ) -> None:
-        out, error = ffi.new("sllm_segment **"), ffi.new("sllm_error *")
+        out = owned("sllm_segment", lib.sllm_segment_destroy, nbytes)
+        error = ffi.new("sllm_error *")
         if directories is not None:
             status = lib.sllm_segment_create_in(*directories, nbytes, out, error)
         else:
@@ -113,7 +116,7 @@ class Segment:
                 flags |= lib.SLLM_SEGMENT_SEAL_WHEN_FULL
             status = lib.sllm_segment_create(nbytes, flags, out, error)
         check(status, error)
-        self._handle = ffi.gc(out[0], lib.sllm_segment_destroy, nbytes)
+        self._out, self._handle = out, out[0]
         self.nbytes = nbytes
         self.address = int(ffi.cast("uintptr_t", lib.sllm_segment_address(self._handle)))
 
@@ -158,9 +161,8 @@ class Segment:
 
     def close(self) -> None:
         """Unmap and close now; the memory ends when nobody holds it any more."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            ffi.release(handle)
+        self._handle = None
+        ffi.release(self._out)
 
 
 class FileFacts(NamedTuple):

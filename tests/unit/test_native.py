@@ -331,6 +331,35 @@ def test_a_second_ctrl_c_while_a_hung_job_is_closed_frees_no_memory(
     jobs._kept.clear()
 
 
+@pytest.mark.parametrize("kind", ["memory", "segment"])
+def test_a_ctrl_c_while_a_handle_is_made_leaves_none_behind(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def sllm_memory_create(self, *arguments: object) -> int:
+            assert lib.sllm_memory_create(*arguments) == lib.SLLM_OK
+            made.append(int(ffi.cast("uintptr_t", lib.sllm_memory_address(arguments[2][0]))))
+            raise KeyboardInterrupt
+
+        def sllm_segment_create(self, *arguments: object) -> int:
+            assert lib.sllm_segment_create(*arguments) == lib.SLLM_OK
+            made.append(int(ffi.cast("uintptr_t", lib.sllm_segment_address(arguments[2][0]))))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sllmctl.native.memory.lib", Library())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        native.Memory.create(64 * MIB) if kind == "memory" else native.Segment(64 * MIB)
+    assert is_mapped(made[0])  # as long as the traceback refers to it
+    del caught
+    gc.collect()
+    assert not is_mapped(made[0])
+
+
 def test_a_job_that_runs_when_the_interpreter_ends_is_closed_before_its_memory(
     endless: str,
 ) -> None:
