@@ -164,7 +164,8 @@ static sllm_status npu_bind_thread(void *dev, sllm_error *err)
 {
     const npu_device *device = dev;
     const sllmi_acl *acl;
-    return set_device(device->ordinal, &acl, err);
+    sllm_status status = sllmi_acl_usable(device->ordinal, err);
+    return status == SLLM_OK ? set_device(device->ordinal, &acl, err) : status;
 }
 
 static sllm_status npu_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_error *err)
@@ -177,7 +178,10 @@ static sllm_status npu_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_
                              .ordinal = device->ordinal,
                              .timeout_ms = CALL_TIMEOUT_MS,
                              .bytes = bytes};
-    sllm_status status = sllmi_aside(&request, err);
+    sllm_status status = sllmi_acl_usable(device->ordinal, err);
+    if (status == SLLM_OK) {
+        status = sllmi_aside(&request, err);
+    }
     *ptr_out = status == SLLM_OK ? request.memory : NULL;
     return status;
 }
@@ -276,6 +280,10 @@ static sllm_status npu_queue_adopt(void *dev, uint64_t stream, void **queue_out,
     const npu_device *device = dev;
     npu_queue *queue = NULL;
     *queue_out = NULL;
+    sllm_status status = sllmi_acl_usable(device->ordinal, err);
+    if (status != SLLM_OK) {
+        return status;
+    }
     int32_t current = -1;
     int code = device->acl->aclrtGetDevice(&current);
     if (code != SLLMI_ACL_SUCCESS) {
@@ -290,7 +298,7 @@ static sllm_status npu_queue_adopt(void *dev, uint64_t stream, void **queue_out,
     if (code != SLLMI_ACL_SUCCESS) {
         return FAIL(device, "aclrtGetCurrentContext", code, err);
     }
-    sllm_status status = make_queue(device, (void *)(uintptr_t)stream, &queue, err);
+    status = make_queue(device, (void *)(uintptr_t)stream, &queue, err);
     if (status == SLLM_OK) {
         queue->adopted = true;
         queue->context = context;

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cuda_abi.h"
+#include "device.h"
 #include "emulator.h"
 #include "system.h"
 
@@ -333,14 +334,50 @@ TEST(a_job_whose_fences_fail_keeps_its_slots_until_the_copies_are_done)
 }
 
 /* The last one: it spoils device 1 for this process. */
-TEST(a_device_that_failed_for_good_is_not_opened_again)
+struct spoilt_device {
+    sllm_device *device;
+    sllm_ring *ring;
+};
+
+static void check_refused(sllm_status status, const sllm_error *err)
 {
+    CHECK_STATUS(status, err, SLLM_E_DEVICE);
+    CHECK_U64(err->device_code, 507899);
+    CHECK_TEXT(err->message, "npu:1 failed with 507899 before");
+}
+
+static void gather_on_a_spoilt_device(void *argument)
+{
+    const struct spoilt_device *spoilt = argument;
+    sllm_gather *gather;
+    sllm_error err;
+    CHECK(emulator()->aclrtSetDevice(1) == 0);
+    check_refused(sllm_gather_open(spoilt->device, spoilt->ring, 0, &gather, &err), &err);
+}
+
+/* What was opened before is of no more use than what is opened later. */
+static void check_spoilt(struct spoilt_device *spoilt)
+{
+    sllm_ring *ring;
+    sllm_error err;
+    check_refused(sllm_ring_create(spoilt->device, 8192, 2, &ring, &err), &err);
+    on_a_thread(gather_on_a_spoilt_device, spoilt);
+    check_refused(spoilt->device->ops->bind_thread(spoilt->device->dev, &err), &err);
+    sllm_ring_destroy(spoilt->ring);
+    sllm_device_close(spoilt->device);
+}
+
+TEST(a_device_that_failed_for_good_is_not_used_again)
+{
+    struct spoilt_device spoilt;
     sllm_device *device;
     sllm_error err;
     if (is_cuda()) {
         check_skip("CUDA's runtime says so itself, at every call");
     }
     test_load load = make_load();
+    CHECK_OK(sllm_device_open(backend(), 1, &spoilt.device, &err), &err);
+    CHECK_OK(sllm_ring_create(spoilt.device, 8192, 2, &spoilt.ring, &err), &err);
     emulator_fail("aclrtSetDevice:4:507899");
     for (int i = 0; i < 8 && !emulator_failed(); i++) {
         sllm_status status = sllm_device_open(backend(), 1, &device, &err);
@@ -357,6 +394,7 @@ TEST(a_device_that_failed_for_good_is_not_opened_again)
     CHECK_STATUS(sllm_device_open(backend(), 1, &device, &err), &err, SLLM_E_DEVICE);
     CHECK_U64(err.device_code, 507899);
     CHECK_TEXT(err.message, "npu:1 failed with 507899 before");
+    check_spoilt(&spoilt);
     CHECK_OK(sllm_device_open(backend(), 0, &device, &err), &err);
     sllm_device_close(device);
     load.options.device_count = 0;
