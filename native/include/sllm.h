@@ -7,9 +7,10 @@
  * A *gather* brings slices of host memory to a device through a ring.
  *
  * Every call returns a status, 0 or a negative code; the detail goes to a caller-owned
- * sllm_error. Nothing is global, nothing is logged, the library never exits. Handles belong to
- * the process that made them: after fork() a child may use memory it was given, and every call
- * with an inherited handle answers SLLM_E_FORKED.
+ * sllm_error. Nothing is logged, the library never exits, and nothing is global but the devices'
+ * runtimes, which are loaded and started once a process. Handles belong to the process that made
+ * them: after fork() a child may use memory it was given, and every call with an inherited handle
+ * answers SLLM_E_FORKED.
  */
 #ifndef SLLM_H
 #define SLLM_H
@@ -302,7 +303,8 @@ typedef struct sllm_gather sllm_gather;
  * @param ring        Of the same backend; kept.
  * @param stream      The caller's stream, as the runtime has it (an aclrtStream or a cudaStream_t),
  *                    on which copies come after what is there already, and before what comes later;
- *                    it outlives the gather. 0: a stream of the gather's own.
+ *                    it outlives the gather. 0: a stream of the gather's own; CUDA's legacy default
+ *                    stream is 1.
  * @param gather_out  Receives the gather. The caller ends it with sllm_gather_close().
  * @return SLLM_OK, SLLM_E_INVALID (the thread is on another device, or the ring of another
  *         backend), SLLM_E_NOMEM, SLLM_E_DEVICE or SLLM_E_FORKED.

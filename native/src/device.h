@@ -10,14 +10,13 @@
 #include "sllm.h"
 
 #define SLLMI_DEVICE_ABI 3
-#define SLLMI_DEV_PINNED 1u     /* host_alloc() gives page-locked memory */
-#define SLLMI_DEV_ASYNC_COPY 2u /* copy() returns before the copy is done */
+#define SLLMI_DEV_PINNED 1u /* host_alloc() gives page-locked memory, and copy() takes no other */
 
 /* A slot of the table never calls back into the core, and no lock is held across a call. */
 typedef struct sllmi_device_ops {
     uint32_t abi;     /* SLLMI_DEVICE_ABI; new slots go at the end and bump it */
     const char *name; /* "cpu", "cuda", "npu" */
-    uint32_t caps;    /* SLLMI_DEV_*: ask before relying on either */
+    uint32_t caps;    /* SLLMI_DEV_* */
     /* Count devices. Cheap, creates no context. SLLM_E_NO_DEVICE without the runtime library. */
     sllm_status (*probe)(int32_t *count_out, sllm_error *err);
     sllm_status (*open)(int32_t ordinal, void **dev_out, sllm_error *err);

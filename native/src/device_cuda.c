@@ -416,7 +416,7 @@ static sllm_status cuda_drain(void *argument, uint32_t timeout_ms, sllm_error *e
 const sllmi_device_ops sllmi_device_cuda = {
     .abi = SLLMI_DEVICE_ABI,
     .name = "cuda",
-    .caps = SLLMI_DEV_PINNED | SLLMI_DEV_ASYNC_COPY,
+    .caps = SLLMI_DEV_PINNED,
     .probe = cuda_probe,
     .open = cuda_open,
     .close = cuda_close,

@@ -421,7 +421,7 @@ static sllm_status npu_copy(void *argument, uint64_t dst, const void *src, size_
 const sllmi_device_ops sllmi_device_npu = {
     .abi = SLLMI_DEVICE_ABI,
     .name = "npu",
-    .caps = SLLMI_DEV_PINNED | SLLMI_DEV_ASYNC_COPY,
+    .caps = SLLMI_DEV_PINNED,
     .probe = npu_probe,
     .open = npu_open,
     .close = npu_close,

@@ -345,7 +345,6 @@ static sllm_status fake_drain(void *argument, uint32_t timeout_ms, sllm_error *e
 static const sllmi_device_ops fake_ops = {
     .abi = SLLMI_DEVICE_ABI,
     .name = "fake",
-    .caps = SLLMI_DEV_ASYNC_COPY,
     .probe = fake_probe,
     .open = fake_dev_open,
     .close = fake_dev_close,
