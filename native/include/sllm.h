@@ -332,6 +332,12 @@ sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *s
                              uint32_t timeout_ms, sllm_error *err);
 
 /**
+ * Bytes whose copies sllm_gather_copy() has started so far: after SLLM_E_BUSY it tells a slow device
+ * from one that has stalled.
+ */
+uint64_t sllm_gather_started(const sllm_gather *gather);
+
+/**
  * Wait until every slice is on the device; all slots are back in the ring then.
  * @return SLLM_OK, SLLM_E_BUSY (not after timeout_ms) or SLLM_E_DEVICE: a copy failed.
  *

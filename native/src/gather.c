@@ -40,7 +40,8 @@ struct sllm_gather {
     uint64_t taken;         /* and so many bytes of it are on their way */
     struct flight *flights; /* a ring buffer, as long as the ring has slots */
     uint32_t capacity, head, count;
-    bool lost; /* a thread of ours is in the queue for ever */
+    uint64_t started; /* bytes whose copies were */
+    bool lost;        /* a thread of ours is in the queue for ever */
 };
 
 /* Bytes [at, at + bytes) of a slice's rows, one after the other. */
@@ -184,8 +185,14 @@ static sllm_status copy_part(sllm_gather *gather, uint64_t target, const char *s
     gather->filled = start + part; /* of a copy that failed too: nobody knows how far it went */
     if (status == SLLM_OK) {
         gather->taken += part;
+        gather->started += part;
     }
     return status;
+}
+
+uint64_t sllm_gather_started(const sllm_gather *gather)
+{
+    return gather == NULL ? 0 : gather->started;
 }
 
 sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *source,

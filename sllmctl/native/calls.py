@@ -90,11 +90,25 @@ def call_aside(call: Callable[[], int]) -> int:
     return answer.result()
 
 
-def wait_in_slices(call: Callable[[int], int], timeout_s: float, error: Any) -> None:
-    """Repeat a call that answers "not yet", so that Ctrl-C is answered between."""
-    deadline = time.monotonic() + timeout_s
+def wait_in_slices(
+    call: Callable[[int], int],
+    timeout_s: float,
+    error: Any,
+    moved: Callable[[], int] = lambda: 0,
+) -> None:
+    """Repeat a call that answers "not yet", so that Ctrl-C is answered between.
+
+    Args:
+        call: It takes the milliseconds it may last.
+        timeout_s: For the call to end, or ``moved`` to change.
+        error: What the call fills.
+        moved: How far it is.
+    """
+    deadline, before = time.monotonic() + timeout_s, moved()
     status = lib.SLLM_E_BUSY
     while status == lib.SLLM_E_BUSY:
+        if (now := moved()) != before:
+            deadline, before = time.monotonic() + timeout_s, now
         left_ms = int((deadline - time.monotonic()) * 1000)
         if left_ms < 0:
             raise errors.DeviceError(

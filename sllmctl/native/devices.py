@@ -162,6 +162,7 @@ class Gather:
                 ),
                 timeout_s,
                 error,
+                lambda: int(lib.sllm_gather_started(self._handle)),
             )
         except BaseException:
             self.close()

@@ -224,6 +224,7 @@ TEST(no_wait_is_longer_than_its_deadline_and_every_one_can_be_taken_up_again)
     CHECK_OK(sllm_gather_copy(bench.gather, address, bench.source, 5, SLOT_BYTES, SLOT_BYTES, 60000,
                               &err),
              &err);
+    CHECK_U64(sllm_gather_started(bench.gather), sizeof target);
     fake_hold(true);
     CHECK_STATUS(sllm_gather_synchronize(bench.gather, 20, &err), &err, SLLM_E_BUSY);
     fake_hold(false);

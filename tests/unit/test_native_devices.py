@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from sllmctl import errors, native
-from sllmctl._native import lib
+from sllmctl._native import ffi, lib
+from sllmctl.native import calls
 
 CHUNK_BYTES = 16384
 SLOT_BYTES = CHUNK_BYTES + native.PAGE_BYTES
@@ -202,6 +203,23 @@ def test_a_gather_packs_rows_through_slots() -> None:
     assert kept.close()
     rows = [bytes(source.buffer[7 + i * 1000 : 307 + i * 1000]) for i in range(64)]
     assert bytes(target.buffer) == b"".join(rows)
+
+
+def test_a_slow_device_has_not_stalled_as_long_as_bytes_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, calls_made, moved = [0.0], [0], [0]
+
+    def call(_: int) -> int:
+        clock[0] += 40
+        calls_made[0] += 1
+        moved[0] += 1 if calls_made[0] <= 5 else 0
+        return int(lib.SLLM_E_BUSY)
+
+    monkeypatch.setattr("sllmctl.native.calls.time.monotonic", lambda: clock[0])
+    with pytest.raises(errors.DeviceError, match="not copied anything for 60 s"):
+        calls.wait_in_slices(call, 60, ffi.new("sllm_error *"), lambda: moved[0])
+    assert calls_made[0] == 7  # the last one that moved something, and two more
 
 
 def test_a_gather_repeats_a_row_that_has_no_stride() -> None:
