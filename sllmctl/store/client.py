@@ -9,10 +9,12 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sllmctl import __version__
 from sllmctl.errors import StoreError, StoreUnreachable
+from sllmctl.native import PAGE_BYTES
 from sllmctl.store.protocol import (
     MAX_FDS,
     VERSION,
@@ -26,7 +28,7 @@ from sllmctl.store.protocol import (
 
 CONNECT_DEADLINE_S = 2.0
 ANSWER_DEADLINE_S = 60.0
-_SLICE_S = 0.2
+_SLICE_MS = 200
 
 
 class StoreClient:
@@ -42,7 +44,7 @@ class StoreClient:
         self._waiting: deque[tuple[Message, list[int]]] = deque()
         self._sock = _connect(client_sockets(path))
         self.hello = self.ask({"op": "hello", "version": VERSION, "sllmctl": __version__})
-        self.segment_bytes = int(self.hello["segment_bytes"])
+        self.segment_bytes = _segment_bytes(self.hello)
 
     def ask(self, message: Message) -> Message:
         """Send a request, and wait for its answer.
@@ -84,11 +86,14 @@ class StoreClient:
             StoreUnreachable: It is gone, or says nothing for the deadline.
         """
         deadline = time.monotonic() + deadline_s
+        poll = select.poll()  # select.select() takes no descriptor above 1023
         try:
+            if not self._waiting:
+                poll.register(self._sock, select.POLLIN)
             while not self._waiting:
                 if time.monotonic() > deadline:
                     raise StoreUnreachable(f"the store has said nothing for {deadline_s:.0f} s")
-                if select.select([self._sock], [], [], _SLICE_S)[0]:
+                if poll.poll(_SLICE_MS):
                     data, fds = receive(self._sock)
                     if not data:
                         raise StoreUnreachable("the store has closed the connection")
@@ -104,6 +109,11 @@ class StoreClient:
             hint = message.get("hint")
             raise StoreError(str(message.get("message")), hint=str(hint) if hint else None)
         return message, fds
+
+    def interrupt(self) -> None:
+        """End a wait of another thread, which then closes the connection and its descriptors."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the connection, and the lease with it."""
@@ -123,6 +133,13 @@ class StoreClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _segment_bytes(hello: Message) -> int:
+    nbytes = hello.get("segment_bytes")
+    if type(nbytes) is not int or nbytes <= 0 or nbytes % PAGE_BYTES:
+        raise StoreError(f"no store of ours answers: it has segments of {nbytes!r} bytes")
+    return nbytes
 
 
 def _connect(paths: Sequence[Path]) -> socket.socket:

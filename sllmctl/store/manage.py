@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,9 @@ def status(*, socket: Path | None = None) -> dict[str, Any]:
     """
     with StoreClient(socket) as client:
         answer = client.ask({"op": "status"})
-    answer.pop("event")
+    with _understood("status"):
+        del answer["event"]
+        _ = answer["pool"], answer["models"], answer["leases"]
     return answer
 
 
@@ -77,22 +81,25 @@ def warm(
     started = time.perf_counter()
     with StoreClient(socket) as client:
         attached = client.ask({"op": "warm", "name": name, "pin": pin})
-        before: int = attached["warm_bytes"]
-        while True:
+        with _understood("answer"):
+            nbytes, before = int(attached["bytes"]), int(attached["warm_bytes"])
+        settled = False
+        while not settled:
             message, fds = client.receive()
             close_fds(fds)
-            if message["event"] == "settled":
-                break
-            if progress is not None:
-                progress("read", message["warm_bytes"], attached["bytes"])
-    if message["reason"]:
+            with _understood("answer"):
+                settled, warm_bytes = message["event"] == "settled", int(message["warm_bytes"])
+            if progress is not None and not settled:
+                progress("read", warm_bytes, nbytes)
+    if message.get("reason"):
         raise StoreError(f"`{name}` could not be read: {message['reason']}")
-    read = message["warm_bytes"] - before
+    with _understood("answer"):
+        cache_bytes = min(warm_bytes - before, int(message["cache_bytes"]))
     return Warmed(
-        bytes=attached["bytes"],
-        warm_bytes=message["warm_bytes"],
-        read_bytes=read,
-        cache_bytes=min(read, message["cache_bytes"]),
+        bytes=nbytes,
+        warm_bytes=warm_bytes,
+        read_bytes=warm_bytes - before,
+        cache_bytes=cache_bytes,
         elapsed_s=time.perf_counter() - started,
     )
 
@@ -110,4 +117,16 @@ def evict(name: str | None = None, *, socket: Path | None = None) -> Evicted:
     """
     with StoreClient(socket) as client:
         answer = client.ask({"op": "evict", "name": name})
-    return Evicted(answer["bytes"], answer["kept"])
+    with _understood("answer"):
+        return Evicted(int(answer["bytes"]), list(answer["kept"]))
+
+
+@contextmanager
+def _understood(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as exc:
+        raise StoreError(
+            f"the store's {what} makes no sense",
+            hint="`sllmctl doctor` tells whether it is of another release",
+        ) from exc

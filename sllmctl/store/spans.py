@@ -75,7 +75,7 @@ class StoreSpans:
 
     def interrupt(self) -> None:
         """End a wait for the store, from another thread."""
-        self._client.close()
+        self._client.interrupt()
 
     def close(self) -> None:
         """End the lease, and close what is still open."""

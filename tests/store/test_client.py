@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sllmctl.errors import CheckpointError
+from sllmctl import api
+from sllmctl.errors import CheckpointError, StoreError
+from sllmctl.store import manage
 from sllmctl.store.client import StoreClient
 from sllmctl.store.named import NamedModel
-from sllmctl.store.protocol import encode
+from sllmctl.store.protocol import close_fds, encode
 
 HELLO = {"event": "hello", "version": 1, "segment_bytes": 2 * 2**20}
 Answer = Callable[..., Path]
@@ -30,7 +35,7 @@ def answer(tmp_path: Path) -> Iterator[Answer]:
         def start(*answers: dict[str, Any] | list[dict[str, Any]]) -> Path:
             listener.bind(str(path))
             listener.listen(1)
-            threads.append(threading.Thread(target=serve, args=answers))
+            threads.append(threading.Thread(target=serve, args=answers, daemon=True))
             threads[0].start()
             return path
 
@@ -45,7 +50,7 @@ def answer(tmp_path: Path) -> Iterator[Answer]:
 
         yield start
         for thread in threads:
-            thread.join(30)
+            thread.join(10)
 
 
 def test_a_model_whose_files_changed_while_the_store_read_them_is_refused(answer: Answer) -> None:
@@ -57,3 +62,48 @@ def test_a_model_whose_files_changed_while_the_store_read_them_is_refused(answer
         pytest.raises(CheckpointError, match="files of `m` changed while the store read them"),
     ):
         NamedModel(client, "m")
+
+
+@pytest.mark.parametrize("nonsense", [{}, *({"segment_bytes": n} for n in (0, -4096, 5, "x", 1e6))])
+def test_a_load_does_without_a_store_whose_hello_makes_no_sense(
+    answer: Answer, tiny_checkpoint: Path, nonsense: dict[str, Any]
+) -> None:
+    path = answer({"event": "hello", "version": 1, **nonsense})
+    loaded = api.load(tiny_checkpoint, store="auto", socket=path)
+    assert loaded.tensors
+
+
+def test_a_load_that_requires_a_store_refuses_one_whose_hello_makes_no_sense(
+    answer: Answer, tiny_checkpoint: Path
+) -> None:
+    path = answer({"event": "hello", "version": 1})
+    with pytest.raises(StoreError, match="no store of ours"):
+        api.load(tiny_checkpoint, store="require", socket=path)
+
+
+@pytest.mark.parametrize("nonsense", [{}, {"event": "status"}, {"bytes": "x", "warm_bytes": 1}])
+@pytest.mark.parametrize(
+    "ask", [manage.status, partial(manage.warm, "m"), partial(manage.evict, "m")]
+)
+def test_an_answer_that_makes_no_sense_is_an_error_of_the_stores(
+    answer: Answer, ask: Callable[..., object], nonsense: dict[str, Any]
+) -> None:
+    with pytest.raises(StoreError, match="the store's (answer|status)"):
+        ask(socket=answer(HELLO, nonsense))
+
+
+def test_a_client_whose_descriptor_is_above_1023_is_answered(answer: Answer) -> None:
+    path = answer(HELLO)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("this process may not have so many descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    held = []
+    try:
+        while not held or held[-1] < 1024:
+            held.append(os.dup(0))
+        with StoreClient(path) as client:
+            assert client.segment_bytes == HELLO["segment_bytes"]
+    finally:
+        close_fds(held)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from sllmctl import load_tensors, stream_tensors
+from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.load import open_shard
 from sllmctl.errors import StoreUnreachable
+from sllmctl.store.client import StoreClient
+from sllmctl.store.protocol import close_fds
+from sllmctl.store.spans import StoreSpans
 from tests.conftest import same_bits
 from tests.store.conftest import MIB, RunningStore
 from tests.store.test_named import bytes_of, warm
@@ -98,3 +105,26 @@ def test_a_model_whose_files_are_gone_streams_from_its_name(
     warm(store, "m")
     shutil.rmtree(path)
     check(stream_tensors("m"), want)
+
+
+def receive_all(client: StoreClient) -> None:
+    while True:
+        close_fds(client.receive()[1])
+
+
+def test_a_wait_that_another_thread_ends_closes_its_descriptors_itself(
+    store: RunningStore, make_model: MakeModel
+) -> None:
+    checkpoint = open_checkpoint(make_model("m"))
+    with ExitStack() as stack:
+        fds = [open_shard(shard, stack) for shard in checkpoint.shards]
+        client = StoreClient(store.socket)
+        spans = StoreSpans(client, checkpoint, fds, "m")
+        stack.callback(spans.close)
+        before = os.listdir("/proc/self/fd")
+        spans.interrupt()
+        assert os.listdir("/proc/self/fd") == before
+        with pytest.raises(StoreUnreachable):
+            receive_all(client)
+        assert len(os.listdir("/proc/self/fd")) == len(before) - 1
+        spans.interrupt()
