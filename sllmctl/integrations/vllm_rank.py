@@ -152,7 +152,7 @@ def write_rank_states(
 
     Args:
         path: The checkpoint.
-        tensor_parallel_size: Number of ranks that share it.
+        tensor_parallel_size: Number of ranks that share a stage of it.
         engine_args: Further arguments of vLLM's ``LLM``, as they will be when it serves.
 
     Returns:
@@ -171,6 +171,9 @@ def write_rank_states(
         "model": str(path),
         "tensor_parallel_size": tensor_parallel_size,
     }
+    ranks = tensor_parallel_size
+    for size in ("pipeline_parallel_size", "prefill_context_parallel_size"):
+        ranks *= int(arguments.get(size) or 1)
     command = [sys.executable, "-m", __name__, json.dumps(arguments)]
     last: deque[str] = deque(maxlen=_SHOWN_LINES)
     written: dict[Path, None] = {}
@@ -188,10 +191,10 @@ def write_rank_states(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
-    if process.returncode or len(written) < tensor_parallel_size:
+    if process.returncode or len(written) < ranks:
         raise CheckpointError(
             f"vLLM did not write the rank state of `{path}` (exit code {process.returncode}, "
-            f"{len(written)} of {tensor_parallel_size} ranks)",
+            f"{len(written)} of {ranks} ranks)",
             hint="the end of its log: " + " | ".join(last),
         )
     return sorted(written)

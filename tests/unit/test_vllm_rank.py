@@ -73,6 +73,13 @@ def test_a_rank_that_wrote_nothing_is_missed(checkpoint: Path, engine: Engine) -
     assert str(caught.value.hint).endswith("no newline at the end")
 
 
+def test_every_stage_of_a_pipeline_has_its_ranks(checkpoint: Path, engine: Engine) -> None:
+    engine(STATES.format(ranks=3))
+    arguments = {"pipeline_parallel_size": 2}
+    with pytest.raises(CheckpointError, match="3 of 4 ranks"):
+        vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=2, engine_args=arguments)
+
+
 def test_an_engine_that_fails_says_why(checkpoint: Path, engine: Engine) -> None:
     engine("import sys; print('the reason'); sys.exit(3)")
     with pytest.raises(CheckpointError, match="exit code 3") as caught:
