@@ -40,6 +40,15 @@ class Engine(str, Enum):
     VLLM = "vllm"
 
 
+_OURS = {
+    "model": "the checkpoint",
+    "tensor_parallel_size": "what --tensor-parallel-size says",
+    "load_format": "sllm here",
+    "model_loader_extra_config": "sllmctl's own here",
+}
+"""Arguments of an engine that are no business of --engine-args."""
+
+
 class Hub(str, Enum):
     """Where a model's name is looked up."""
 
@@ -116,9 +125,15 @@ def convert(
         ),
     ] = None,
     tensor_parallel_size: Annotated[
-        int,
-        typer.Option("--tensor-parallel-size", min=1, help="With --engine: how many ranks."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--tensor-parallel-size",
+            metavar="N",
+            min=1,
+            help="With --engine: how many ranks. [default: 1]",
+            show_default=False,
+        ),
+    ] = None,
     engine_args: Annotated[
         str | None,
         typer.Option(
@@ -151,7 +166,7 @@ def convert(
     from sllmctl import api
 
     console = Console.choose(as_json=as_json, quiet=quiet)
-    arguments = _engine_arguments(engine, engine_args)
+    arguments = _engine_arguments(engine, tensor_parallel_size, engine_args)
     with console.progress() as progress:
         result = api.run_conversion(
             source,
@@ -176,24 +191,36 @@ def convert(
         from sllmctl.integrations.vllm_rank import describe_states, write_rank_states
 
         states = write_rank_states(
-            result.path, tensor_parallel_size=tensor_parallel_size, engine_args=arguments
+            result.path, tensor_parallel_size=tensor_parallel_size or 1, engine_args=arguments
         )
         lines += [f"  {describe_states(states)}", f"  {states[0].parent}"]
     console.result(_document(result, states), quiet=result.path, human=lines)
 
 
-def _engine_arguments(engine: Engine | None, text: str | None) -> dict[str, Any]:
+def _engine_arguments(
+    engine: Engine | None, tensor_parallel_size: int | None, text: str | None
+) -> dict[str, Any]:
     """Read the engine's arguments, and see that it is here, before anything is converted."""
+    if engine is None:
+        for option, given in (
+            ("--tensor-parallel-size", tensor_parallel_size),
+            ("--engine-args", text),
+        ):
+            if given is not None:
+                raise typer.BadParameter("goes with --engine alone", param_hint=option)
+        return {}
     try:
         arguments = json.loads(text or "{}")
     except ValueError as exc:
         raise typer.BadParameter(f"not JSON: {exc}", param_hint="--engine-args") from exc
     if not isinstance(arguments, dict):
         raise typer.BadParameter("not a JSON object", param_hint="--engine-args")
-    if engine is not None:
-        from sllmctl.integrations.vllm_rank import require_vllm
+    for key, instead in _OURS.items():
+        if key in arguments:
+            raise typer.BadParameter(f"`{key}` is {instead}", param_hint="--engine-args")
+    from sllmctl.integrations.vllm_rank import require_vllm
 
-        require_vllm()
+    require_vllm()
     return arguments
 
 
