@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from sllmctl.integrations.engine_copy import WeightWrites
     from sllmctl.integrations.engine_source import CheckLevel
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 4
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -46,17 +49,28 @@ def require_complete(
     if level == "off":
         return
     lacking: dict[str, tuple[int, int]] = {}
+    claims: list[str] = []
     for name, parameter in model.named_parameters():
         nbytes = parameter.numel() * parameter.element_size()
         if not nbytes or parameter.is_meta or name in optional:
             continue
         written = writes.written_bytes(parameter)
         claimed = loaded is not None and name in loaded
-        if written == nbytes or (not written and claimed):
-            # What was replaced, or written out of sight, is loaded when the model says so.
+        if written == nbytes:
             continue
-        if not written or level == "full":
+        if not written and claimed:
+            # What was replaced, or written out of sight, is loaded when the model says so.
+            claims.append(name)
+        elif not written or level == "full":
             lacking[name] = (written or 0, nbytes)
+    if claims:
+        log.warning(
+            "sllm: nothing was seen to be written to %d parameters of a %s that say they are "
+            "loaded: %s",
+            len(claims),
+            type(model).__name__,
+            ", ".join(claims[:_SHOWN]) + (", …" if len(claims) > _SHOWN else ""),
+        )
     if not lacking:
         return
     parts = [

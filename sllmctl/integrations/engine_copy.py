@@ -5,7 +5,7 @@ What they copy to an accelerator goes there through pinned memory on its way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,13 +18,29 @@ if TYPE_CHECKING:
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
-_WRITERS = frozenset(
-    getattr(torch.Tensor, name)
-    for name in (
-        *("copy_", "fill_", "zero_", "set_", "scatter_", "masked_fill_", "masked_scatter_"),
-        *("index_copy_", "index_fill_", "index_put_"),
-    )
-)
+_FILL, _ZERO, _SET = torch.Tensor.fill_, torch.Tensor.zero_, torch.Tensor.set_
+_WRITERS = frozenset({_COPY, _FILL, _ZERO, _SET})
+_TRUE = torch.tensor(True)
+# What writes a part that is no view: the same, done to flags of the elements.
+_MARKERS: Mapping[Any, Callable[..., Any]] = {
+    torch.Tensor.index_copy_: lambda flags, dim, index, source: flags.index_fill_(
+        dim, _on_cpu(index), True
+    ),
+    torch.Tensor.index_fill_: lambda flags, dim, index, value: flags.index_fill_(
+        dim, _on_cpu(index), True
+    ),
+    torch.Tensor.index_put_: lambda flags, indices, values, accumulate=False: flags.index_put_(
+        _on_cpu(indices), _TRUE
+    ),
+    torch.Tensor.scatter_: lambda flags, dim, index, *_, **__: flags.scatter_(
+        dim, _on_cpu(index), True
+    ),
+    torch.Tensor.masked_fill_: lambda flags, mask, value: flags.masked_fill_(_on_cpu(mask), True),
+    torch.Tensor.masked_scatter_: lambda flags, mask, source: flags.masked_fill_(
+        _on_cpu(mask), True
+    ),
+    _SET_ITEM: lambda flags, index, value: flags.__setitem__(_on_cpu(index), True),
+}
 
 
 class _Region(NamedTuple):
@@ -53,6 +69,13 @@ class _Region(NamedTuple):
             nbytes *= length
         return self.offset, self.offset + nbytes
 
+    def holds(self, other: _Region) -> bool:
+        """Whether all of another's bytes are surely among these."""
+        ours, theirs = self.run, other.run
+        if ours is None or theirs is None:
+            return self == other
+        return ours[0] <= theirs[0] and theirs[1] <= ours[1]
+
 
 class WeightWrites(TorchFunctionMode):
     """Notes every write to a model's parameters while it is active, in the thread that entered it.
@@ -68,7 +91,10 @@ class WeightWrites(TorchFunctionMode):
         self._copies = DeviceCopies()
         self._moves = moves()
         # All that is looked at: loaders call many functions that write nothing.
-        self._seen = _WRITERS | self._moves | {_SET_DATA, _SET_ITEM}
+        self._seen = _WRITERS | self._moves | {_SET_DATA, *_MARKERS}
+        # Of one value each, and of single elements as flags of a storage's bytes: both by address.
+        self._fills: dict[int, list[_Region]] = {}
+        self._flags: dict[int, torch.Tensor] = {}
         self._regions: dict[int, list[_Region]] = {
             address: []
             for parameter in model.parameters()
@@ -89,12 +115,12 @@ class WeightWrites(TorchFunctionMode):
         result = self._take_over(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-        if func in _WRITERS:
+        if func in (_FILL, _ZERO) and not _tensors_in(args[1:], kwargs):
+            self._note(args[0], self._fills)
+        elif func in _WRITERS:
             self._note(args[0])
-        elif func == _SET_ITEM:
-            # An index that makes a view writes that; any other is trusted to write all.
-            part = args[0][args[1]]
-            self._note(part if _address(part) == _address(args[0]) else args[0])
+        elif func in _MARKERS:
+            self._note_elements(func, *args, **kwargs)
         elif func == _SET_DATA and (address := _address(args[0])) is not None:
             self._regions.setdefault(address, [])
             self._note(args[0])
@@ -124,26 +150,76 @@ class WeightWrites(TorchFunctionMode):
             return self._copies.moved(func, *args, **kwargs)
         return None
 
-    def _note(self, tensor: torch.Tensor) -> None:
-        regions = self._regions.get(_address(tensor) or 0)
-        if regions is not None and tensor.numel():
-            regions.append(_Region.of(tensor))
+    def _note(self, tensor: torch.Tensor, to: dict[int, list[_Region]] | None = None) -> None:
+        address = _address(tensor) or 0
+        if address in self._regions and tensor.numel():
+            regions = self._regions if to is None else to
+            regions.setdefault(address, []).append(_Region.of(tensor))
+
+    def _note_elements(
+        self, func: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note what a function writes that takes an index or a mask."""
+        address = _address(tensor) or 0
+        if address not in self._regions:
+            return
+        if func == _SET_ITEM:
+            part = tensor[args[0]]
+            if _address(part) == address:
+                self._note(part)
+                return
+        if address not in self._flags:
+            nbytes = tensor.untyped_storage().nbytes()
+            self._flags[address] = torch.zeros(nbytes, dtype=torch.bool, device="cpu")
+        offset, (*shape, size), (*strides, _) = _Region.of(tensor)
+        for byte in range(size):
+            flags = torch.as_strided(self._flags[address], shape, strides, offset + byte)
+            _MARKERS[func](flags, *args, **kwargs)
 
     def written_bytes(self, parameter: torch.Tensor) -> int | None:
-        """How many bytes of a parameter were written; None where it has come to lie elsewhere."""
-        regions = self._regions.get(_address(parameter) or 0)
-        if regions is None:
+        """How many bytes of a parameter were written; None where it has come to lie elsewhere.
+
+        One value all over a parameter of several elements is no weight of a checkpoint, unless it
+        is the padding around what else was written.
+        """
+        address = _address(parameter) or 0
+        if address not in self._regions:
             return None
+        whole = _Region.of(parameter)
+        fills = self._fills.get(address, [])
+        if parameter.numel() > 1:
+            fills = [fill for fill in fills if not fill.holds(whole)]
+        written = self._bytes_in(address, parameter, [*self._regions[address], *fills])
+        if written and len(fills) < len(self._fills.get(address, [])):
+            return parameter.numel() * parameter.element_size()
+        return written
+
+    def _bytes_in(self, address: int, parameter: torch.Tensor, regions: Sequence[_Region]) -> int:
         whole = _Region.of(parameter)
         if whole in regions:
             return parameter.numel() * parameter.element_size()
         runs = [region.run for region in regions]
-        if whole.run is not None and None not in runs:
+        flags = self._flags.get(address)
+        if flags is None and whole.run is not None and None not in runs:
             return _overlap(whole.run, [run for run in runs if run is not None])
-        mask = torch.zeros(parameter.untyped_storage().nbytes(), dtype=torch.bool, device="cpu")
+        nbytes = parameter.untyped_storage().nbytes()
+        mask = torch.zeros(nbytes, dtype=torch.bool, device="cpu")
+        if flags is not None:
+            mask.copy_(flags)
         for region in regions:
             torch.as_strided(mask, region.shape, region.strides, region.offset).fill_(True)
         return int(torch.as_strided(mask, whole.shape, whole.strides, whole.offset).sum())
+
+
+def _tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
+
+
+def _on_cpu(value: Any) -> Any:
+    """An index, with what it has of tensors in host memory."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _overlap(whole: tuple[int, int], runs: Sequence[tuple[int, int]]) -> int:

@@ -111,6 +111,7 @@ def test_what_every_other_layer_has_is_missed_without_a_table() -> None:
     assert missing_tensors(["layers.0.qkv_proj.weight"], names, {}) == ["layers.0.v_proj.weight"]
 
 
+ODD = torch.arange(6) % 2 == 1
 WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "whole": lambda p: p.data.copy_(torch.ones(6, 4)),
     "transposed": lambda p: p.data.t().copy_(torch.ones(4, 6)),
@@ -119,6 +120,9 @@ WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "in columns": lambda p: [p.data[:, :1].copy_(torch.ones(6, 1)), p.data[:, 1:].zero_()],
     "by index": lambda p: [p.data.__setitem__(i, torch.ones(4)) for i in range(6)],
     "by advanced index": lambda p: p.data.__setitem__(torch.arange(6), torch.ones(6, 4)),
+    "by index in halves": lambda p: [p.data.__setitem__(half, 1.0) for half in (ODD, ~ODD)],
+    "by index and as a slice": lambda p: [p.data.__setitem__([0, 1, 2], 1.0), p.data[3:].zero_()],
+    "by index_copy_": lambda p: p.data.index_copy_(0, torch.randperm(6), torch.ones(6, 4)),
     "as bytes": lambda p: p.data.view(torch.uint8).copy_(torch.ones(6, 16, dtype=torch.uint8)),
     "as another dtype": lambda p: p.data.view(torch.float64).copy_(torch.ones(6, 2)),
     "by new data": lambda p: setattr(p, "data", torch.ones(6, 4)),
@@ -134,6 +138,8 @@ def test_every_way_to_write_a_parameter_counts(how: str) -> None:
     assert writes.written_bytes(model.weight) == 96
 
 
+ROW, ONE_FOUR = torch.ones(4), torch.tensor([1, 4])
+FLAGS = torch.tensor([True, False, True, False, False, True])
 PARTS: dict[str, tuple[Callable[[nn.Parameter], object], int]] = {
     "nothing": (lambda p: p.data.sum(), 0),
     "a flag": (lambda p: p.requires_grad_(False), 0),
@@ -142,6 +148,28 @@ PARTS: dict[str, tuple[Callable[[nn.Parameter], object], int]] = {
     "a row twice": (lambda p: [p.data[2].zero_(), p.data[2].fill_(1)], 16),
     "a column": (lambda p: p.data[:, 2].copy_(torch.ones(6)), 24),
     "an element": (lambda p: p.data.__setitem__((1, 2), 3.0), 4),
+    "zeros all over": (lambda p: p.data.zero_(), 0),
+    "a number all over": (lambda p: p.data.view(-1).fill_(1), 0),
+    "a checkpoint's scalar all over": (lambda p: p.data.fill_(torch.tensor(2.0)), 96),
+    "padding all over, and a row": (lambda p: [p.data.zero_(), p.data[2].copy_(ROW)], 96),
+    "two rows by index": (lambda p: p.data.__setitem__(torch.tensor([1, 4]), 1.0), 32),
+    "two rows twice": (lambda p: [p.data.__setitem__([1, 4], ROW) for _ in range(2)], 32),
+    "rows by flags": (lambda p: p.data.__setitem__(FLAGS, ROW), 48),
+    "columns by index": (lambda p: p.data.__setitem__((..., [0, 3]), 1.0), 48),
+    "rows of a view": (lambda p: p.data[2:].t().__setitem__([1], torch.ones(1, 4)), 16),
+    "rows by index_copy_": (lambda p: p.data.index_copy_(-2, ONE_FOUR, torch.ones(2, 4)), 32),
+    "rows by index_fill_": (lambda p: p.data.index_fill_(dim=0, index=ONE_FOUR, value=1.0), 32),
+    "elements by index_put_": (lambda p: p.data.index_put_((ONE_FOUR, ONE_FOUR - 1), ROW[:2]), 8),
+    "elements by scatter_": (lambda p: p.data.scatter_(1, ONE_FOUR.view(2, 1) // 2, 1.0), 8),
+    "a mask's elements": (lambda p: p.data.masked_fill_(FLAGS.view(6, 1), 1.0), 48),
+    "a mask's elements in turn": (
+        lambda p: p.data.masked_scatter_(FLAGS.view(6, 1), torch.ones(12)),
+        48,
+    ),
+    "a row, and the same by index": (
+        lambda p: [p.data[1].copy_(ROW), p.data.__setitem__([1, 4], ROW)],
+        32,
+    ),
 }
 
 
@@ -152,6 +180,28 @@ def test_parts_count_once_and_reads_not_at_all(what: str) -> None:
     with torch.no_grad(), WeightWrites(model) as writes:
         write(model.weight)
     assert writes.written_bytes(model.weight) == expected
+
+
+def test_a_parameter_of_one_element_is_filled_with_its_weight() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad(), WeightWrites(model) as writes:
+        model.weight.data.fill_(torch.tensor([3.0]).item())
+    assert writes.written_bytes(model.weight) == 4
+
+
+def test_what_the_model_says_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 6) for _ in range(3)))
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad(), WeightWrites(model) as writes:
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.ones(6))
+    require_complete(model, writes, set(names), names, where="`x`")
+    assert [record.getMessage() for record in caplog.records] == [
+        "sllm: nothing was seen to be written to 5 parameters of a Sequential that say they are "
+        "loaded: 0.weight, 1.weight, 1.bias, 2.weight, …"
+    ]
+    with pytest.raises(CheckpointError, match=r"`0.weight` got 0 of 96 bytes"):
+        require_complete(model, writes, set(), names, where="`x`")
 
 
 def test_a_parameter_that_was_replaced_is_the_models_word() -> None:
