@@ -16,8 +16,9 @@ from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.tensors import TensorBuilder
 from sllmctl.core.units import format_size, parse_size
+from sllmctl.core.views import View, bring_in, map_mostly
 from sllmctl.errors import CheckpointError, ConfigError, HostMemoryError
-from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, probe_file
+from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -124,9 +125,9 @@ def load(
 ) -> Loaded:
     """Load every tensor of a checkpoint into host memory.
 
-    Shards that lie in the page cache whole become private copy-on-write views of it: nothing is
-    copied. All others are read into fresh memory, cached chunks from the cache and the rest
-    around it. No write to a tensor reaches the file.
+    Shards that lie in the page cache become private copy-on-write views of it: nothing is copied,
+    and what little of them is missing there is brought in. All others are read into fresh memory,
+    cached chunks from the cache and the rest around it. No write to a tensor reaches the file.
 
     Raises:
         ReadError: A file is too short, unreadable, or changed while it was read.
@@ -141,7 +142,7 @@ def load(
         fds = [open_shard(shard, stack) for shard in checkpoint.shards]
         stamps = [stamp_of(fd) for fd in fds]
         stats.open_s = time.perf_counter() - started
-        memories, to_read = _place(checkpoint.shards, fds, options, stats)
+        memories, views = _place(checkpoint.shards, fds, options, stats)
         places = [
             (memory, shard.data_offset)
             for memory, shard in zip(memories, checkpoint.shards, strict=True)
@@ -149,7 +150,25 @@ def load(
         readers = [memory_reader(*place) for place in places]
         checks = shard_checks(checkpoint, fds, readers) if options.verify else []
         stats.plan_s = time.perf_counter() - started - stats.open_s
-        _read(checkpoint.shards, fds, memories, to_read, checks, options, stats, progress)
+        planned = time.perf_counter()
+        to_read = [
+            number
+            for number, shard in enumerate(checkpoint.shards)
+            if views[number] is None and shard.size > shard.data_offset
+        ]
+        if to_read:
+            now = _read(checkpoint.shards, fds, memories, to_read, checks, options, progress)
+            stats.disk_bytes += now.bytes_disk
+            stats.page_cache_bytes += now.bytes_cache
+        brought = bring_in(
+            list(zip(checkpoint.shards, fds, views, strict=True)),
+            threads=options.threads,
+            progress=progress,
+        )
+        stats.disk_bytes += brought
+        stats.page_cache_bytes -= brought
+        if to_read or brought:
+            stats.read_s = time.perf_counter() - planned
         built = time.perf_counter()
         tensors = builder.build(checkpoint.tensors.values(), places)
         for alias, kept in checkpoint.aliases.items():
@@ -204,25 +223,6 @@ def check_stamp(shard: Shard, fd: int, stamp: tuple[int, int]) -> None:
         raise CheckpointError(f"`{shard.path}` changed while it was loaded", hint=_IN_PLACE_HINT)
 
 
-def map_shard(shard: Shard, fd: int, options: LoadOptions) -> Memory | None:
-    """A view of a shard's data where that is a fair bet: local, and whole in the page cache."""
-    nbytes = shard.size - shard.data_offset
-    if options.map_files == "never" or options.verify or nbytes == 0:
-        return None
-    facts = probe_file(fd, str(shard.path), shard.data_offset, nbytes)
-    resident = facts.residency_known and facts.resident_bytes >= nbytes
-    if not facts.local or not (resident or options.map_files == "always"):
-        return None
-    memory = Memory.map_file(fd, str(shard.path), shard.data_offset, nbytes)
-    if not memory.writable:
-        log.warning(
-            "`%s` is mapped read-only, since this machine does not overcommit memory: "
-            "do not write to its tensors, or load with --map never",
-            shard.path,
-        )
-    return memory
-
-
 def check_memory(needed_bytes: int) -> None:
     """Refuse a load that cannot fit, before the kernel answers it with SIGKILL.
 
@@ -239,18 +239,18 @@ def check_memory(needed_bytes: int) -> None:
 
 def _place(
     shards: Sequence[Shard], fds: Sequence[int], options: LoadOptions, stats: LoadStats
-) -> tuple[list[Memory], list[int]]:
-    """Give each shard a view or fresh memory; also the indexes of those to read."""
-    views = [map_shard(shard, fd, options) for shard, fd in zip(shards, fds, strict=True)]
+) -> tuple[list[Memory], list[View | None]]:
+    """Give each shard a view or fresh memory, which has to be read."""
+    views = [map_mostly(shard, fd, options) for shard, fd in zip(shards, fds, strict=True)]
     sizes = [shard.size - shard.data_offset for shard in shards]
     stats.mapped_bytes = sum(size for size, view in zip(sizes, views, strict=True) if view)
     stats.page_cache_bytes = stats.mapped_bytes
     check_memory(sum(sizes) - stats.mapped_bytes)
     memories = [
-        view or Memory.create(max(size, 1), shard.data_offset)
+        view.memory if view else Memory.create(max(size, 1), shard.data_offset)
         for view, size, shard in zip(views, sizes, shards, strict=True)
     ]
-    return memories, [index for index, view in enumerate(views) if not view and sizes[index]]
+    return memories, views
 
 
 def _read(
@@ -260,12 +260,9 @@ def _read(
     to_read: Sequence[int],
     checks: Sequence[ShardCheck],
     options: LoadOptions,
-    stats: LoadStats,
     progress: ProgressFn | None,
-) -> None:
-    if not to_read:
-        return
-    started = time.perf_counter()
+) -> Progress:
+    """Bring shards into fresh memory, and compare their bytes where that is asked for."""
     extents = [
         Extent(number, shards[i].data_offset, memories[i].nbytes, memories[i].address)
         for number, i in enumerate(to_read)
@@ -289,6 +286,4 @@ def _read(
                 progress("read", now.bytes_done, now.bytes_total)
         if verification is not None:
             verification.finish()
-    stats.disk_bytes += now.bytes_disk
-    stats.page_cache_bytes += now.bytes_cache
-    stats.read_s = time.perf_counter() - started
+    return now

@@ -12,11 +12,11 @@ from sllmctl.core.load import (
     LoadOptions,
     check_memory,
     check_stamp,
-    map_shard,
     open_shard,
     stamp_of,
 )
 from sllmctl.core.tensors import TensorBuilder
+from sllmctl.core.views import map_shard
 from sllmctl.errors import ConfigError
 from sllmctl.native import Extent, Job, Memory
 
@@ -125,7 +125,8 @@ class _Files:
         if self._last is None or self._last[0] != index:
             shard, fd = self._shards[index]
             view = map_shard(shard, fd, self.options) if self.views is None else None
-            self._last = index, _OpenShard(shard, fd, stamp_of(fd), view)
+            memory = view.memory if view else None
+            self._last = index, _OpenShard(shard, fd, stamp_of(fd), memory)
         return self._last[1]
 
 

@@ -1,0 +1,98 @@
+"""Files that are nearly in the page cache: mapped, and what they lack is brought in first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sllmctl.core import views
+from sllmctl.core.checkpoint import open_checkpoint
+from sllmctl.core.load import LoadOptions, LoadStats, load
+from sllmctl.native import probe_file
+from tests.conftest import same_bits
+
+MIB = 1 << 20
+FILE_MIB = 64
+
+
+@pytest.fixture
+def big(tmp_path: Path, make_cold: Callable[[Path], None]) -> Path:
+    """A checkpoint of 64 MiB, all of it in the page cache."""
+    rows = torch.arange(FILE_MIB * MIB // 8).view(-1, MIB // 8)
+    (tmp_path / "m").mkdir()
+    save_file({f"t{i}": part.clone() for i, part in enumerate(rows.chunk(8))}, file_of(tmp_path))
+    make_cold(tmp_path / "m")
+    if resident(file_of(tmp_path)):
+        pytest.skip("this filesystem keeps its files in memory")
+    file_of(tmp_path).read_bytes()
+    return tmp_path / "m"
+
+
+def file_of(tmp_path: Path) -> Path:
+    return tmp_path / "m" / "model.safetensors"
+
+
+def resident(path: Path) -> int:
+    with path.open("rb") as file:
+        return probe_file(file.fileno(), str(path), 0, path.stat().st_size).resident_bytes
+
+
+def drop(path: Path, start_mib: int, mib: int) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), start_mib * MIB, mib * MIB, os.POSIX_FADV_DONTNEED)
+
+
+def check(path: Path, **options: object) -> LoadStats:
+    told: list[tuple[int, int]] = []
+    loaded = load(
+        open_checkpoint(path),
+        LoadOptions(**options),  # type: ignore[arg-type]
+        progress=lambda _stage, done, total: told.append((done, total)),
+    )
+    want = load_file(path / "model.safetensors")
+    stats = loaded.stats
+    assert all(same_bits(loaded.tensors[name], tensor) for name, tensor in want.items())
+    assert stats.disk_bytes + stats.page_cache_bytes == stats.bytes
+    assert bool(told) == (stats.read_s > 0)
+    assert not told or told[-1][0] == told[-1][1]
+    return stats
+
+
+def test_holes_in_a_resident_file_are_brought_in_and_the_file_is_mapped(big: Path) -> None:
+    file = big / "model.safetensors"
+    drop(file, 8, 4)
+    drop(file, 40, 6)
+    stats = check(big)
+    assert stats.mapped_bytes == stats.page_cache_bytes
+    assert stats.mapped_bytes >= (FILE_MIB - 14) * MIB
+    assert stats.disk_bytes >= 8 * MIB
+    assert resident(file) == file.stat().st_size
+    again = check(big)
+    assert (again.disk_bytes, again.mapped_bytes, again.read_s) == (0, again.bytes, 0)
+
+
+def test_a_file_of_which_much_is_missing_is_read_around_the_cache(big: Path) -> None:
+    file = big / "model.safetensors"
+    drop(file, 0, 32)
+    stats = check(big)
+    assert stats.mapped_bytes == 0
+    assert stats.disk_bytes >= 24 * MIB
+
+
+@pytest.mark.parametrize("options", [{"map_files": "never"}, {"map_files": "always"}])
+def test_what_nobody_asked_for_is_not_brought_in(big: Path, options: dict[str, str]) -> None:
+    drop(big / "model.safetensors", 8, 4)
+    assert (check(big, **options).read_s > 0) == (options["map_files"] == "never")
+
+
+def test_holes_for_which_there_is_no_memory_are_not_brought_in(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(big / "model.safetensors", 8, 8)
+    monkeypatch.setattr(views, "available_memory_bytes", lambda: 4 * MIB)
+    assert check(big).mapped_bytes == 0
