@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
-_FILL, _ZERO, _SET = torch.Tensor.fill_, torch.Tensor.zero_, torch.Tensor.set_
-_WRITERS = frozenset({_COPY, _FILL, _ZERO, _SET})
-_TRUE = torch.tensor(True)
+_WRITERS = frozenset({_COPY, torch.Tensor.fill_, torch.Tensor.zero_, torch.Tensor.set_})
+_TRUE = torch.tensor(True, device="cpu")
 # What writes a part that is no view: the same, done to flags of the elements.
 _MARKERS: Mapping[Any, Callable[..., Any]] = {
     torch.Tensor.index_copy_: lambda flags, dim, index, source: flags.index_fill_(
@@ -69,13 +68,6 @@ class _Region(NamedTuple):
             nbytes *= length
         return self.offset, self.offset + nbytes
 
-    def holds(self, other: _Region) -> bool:
-        """Whether all of another's bytes are surely among these."""
-        ours, theirs = self.run, other.run
-        if ours is None or theirs is None:
-            return self == other
-        return ours[0] <= theirs[0] and theirs[1] <= ours[1]
-
 
 class WeightWrites(TorchFunctionMode):
     """Notes every write to a model's parameters while it is active, in the thread that entered it.
@@ -92,8 +84,7 @@ class WeightWrites(TorchFunctionMode):
         self._moves = moves()
         # All that is looked at: loaders call many functions that write nothing.
         self._seen = _WRITERS | self._moves | {_SET_DATA, *_MARKERS}
-        # Of one value each, and of single elements as flags of a storage's bytes: both by address.
-        self._fills: dict[int, list[_Region]] = {}
+        # Of what was written by index or mask, for each byte of a storage.
         self._flags: dict[int, torch.Tensor] = {}
         self._regions: dict[int, list[_Region]] = {
             address: []
@@ -115,9 +106,7 @@ class WeightWrites(TorchFunctionMode):
         result = self._take_over(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
-        if func in (_FILL, _ZERO) and not _tensors_in(args[1:], kwargs):
-            self._note(args[0], self._fills)
-        elif func in _WRITERS:
+        if func in _WRITERS:
             self._note(args[0])
         elif func in _MARKERS:
             self._note_elements(func, *args, **kwargs)
@@ -150,11 +139,10 @@ class WeightWrites(TorchFunctionMode):
             return self._copies.moved(func, *args, **kwargs)
         return None
 
-    def _note(self, tensor: torch.Tensor, to: dict[int, list[_Region]] | None = None) -> None:
-        address = _address(tensor) or 0
-        if address in self._regions and tensor.numel():
-            regions = self._regions if to is None else to
-            regions.setdefault(address, []).append(_Region.of(tensor))
+    def _note(self, tensor: torch.Tensor) -> None:
+        regions = self._regions.get(_address(tensor) or 0)
+        if regions is not None and tensor.numel():
+            regions.append(_Region.of(tensor))
 
     def _note_elements(
         self, func: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
@@ -177,24 +165,11 @@ class WeightWrites(TorchFunctionMode):
             _MARKERS[func](flags, *args, **kwargs)
 
     def written_bytes(self, parameter: torch.Tensor) -> int | None:
-        """How many bytes of a parameter were written; None where it has come to lie elsewhere.
-
-        One value all over a parameter of several elements is no weight of a checkpoint, unless it
-        is the padding around what else was written.
-        """
+        """How many bytes of a parameter were written; None where it has come to lie elsewhere."""
         address = _address(parameter) or 0
-        if address not in self._regions:
+        regions = self._regions.get(address)
+        if regions is None:
             return None
-        whole = _Region.of(parameter)
-        fills = self._fills.get(address, [])
-        if parameter.numel() > 1:
-            fills = [fill for fill in fills if not fill.holds(whole)]
-        written = self._bytes_in(address, parameter, [*self._regions[address], *fills])
-        if written and len(fills) < len(self._fills.get(address, [])):
-            return parameter.numel() * parameter.element_size()
-        return written
-
-    def _bytes_in(self, address: int, parameter: torch.Tensor, regions: Sequence[_Region]) -> int:
         whole = _Region.of(parameter)
         if whole in regions:
             return parameter.numel() * parameter.element_size()
@@ -209,10 +184,6 @@ class WeightWrites(TorchFunctionMode):
         for region in regions:
             torch.as_strided(mask, region.shape, region.strides, region.offset).fill_(True)
         return int(torch.as_strided(mask, whole.shape, whole.strides, whole.offset).sum())
-
-
-def _tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values()))
 
 
 def _on_cpu(value: Any) -> Any:

@@ -111,7 +111,7 @@ def test_what_every_other_layer_has_is_missed_without_a_table() -> None:
     assert missing_tensors(["layers.0.qkv_proj.weight"], names, {}) == ["layers.0.v_proj.weight"]
 
 
-ODD = torch.arange(6) % 2 == 1
+ODD, ROW = torch.arange(6) % 2 == 1, torch.ones(4)
 WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "whole": lambda p: p.data.copy_(torch.ones(6, 4)),
     "transposed": lambda p: p.data.t().copy_(torch.ones(4, 6)),
@@ -123,6 +123,9 @@ WRITES: dict[str, Callable[[nn.Parameter], object]] = {
     "by index in halves": lambda p: [p.data.__setitem__(half, 1.0) for half in (ODD, ~ODD)],
     "by index and as a slice": lambda p: [p.data.__setitem__([0, 1, 2], 1.0), p.data[3:].zero_()],
     "by index_copy_": lambda p: p.data.index_copy_(0, torch.randperm(6), torch.ones(6, 4)),
+    "with one scale for all": lambda p: p.data.fill_(torch.tensor([2.0]).item()),
+    "as a rank of padding alone": lambda p: [p[:0].copy_(ROW[None][:0]), p[0:].data.fill_(0)],
+    "as padding, and a row": lambda p: [p.data.zero_(), p.data[2].copy_(ROW)],
     "as bytes": lambda p: p.data.view(torch.uint8).copy_(torch.ones(6, 16, dtype=torch.uint8)),
     "as another dtype": lambda p: p.data.view(torch.float64).copy_(torch.ones(6, 2)),
     "by new data": lambda p: setattr(p, "data", torch.ones(6, 4)),
@@ -138,7 +141,7 @@ def test_every_way_to_write_a_parameter_counts(how: str) -> None:
     assert writes.written_bytes(model.weight) == 96
 
 
-ROW, ONE_FOUR = torch.ones(4), torch.tensor([1, 4])
+ONE_FOUR = torch.tensor([1, 4])
 FLAGS = torch.tensor([True, False, True, False, False, True])
 PARTS: dict[str, tuple[Callable[[nn.Parameter], object], int]] = {
     "nothing": (lambda p: p.data.sum(), 0),
@@ -148,10 +151,6 @@ PARTS: dict[str, tuple[Callable[[nn.Parameter], object], int]] = {
     "a row twice": (lambda p: [p.data[2].zero_(), p.data[2].fill_(1)], 16),
     "a column": (lambda p: p.data[:, 2].copy_(torch.ones(6)), 24),
     "an element": (lambda p: p.data.__setitem__((1, 2), 3.0), 4),
-    "zeros all over": (lambda p: p.data.zero_(), 0),
-    "a number all over": (lambda p: p.data.view(-1).fill_(1), 0),
-    "a checkpoint's scalar all over": (lambda p: p.data.fill_(torch.tensor(2.0)), 96),
-    "padding all over, and a row": (lambda p: [p.data.zero_(), p.data[2].copy_(ROW)], 96),
     "two rows by index": (lambda p: p.data.__setitem__(torch.tensor([1, 4]), 1.0), 32),
     "two rows twice": (lambda p: [p.data.__setitem__([1, 4], ROW) for _ in range(2)], 32),
     "rows by flags": (lambda p: p.data.__setitem__(FLAGS, ROW), 48),
@@ -182,18 +181,11 @@ def test_parts_count_once_and_reads_not_at_all(what: str) -> None:
     assert writes.written_bytes(model.weight) == expected
 
 
-def test_a_parameter_of_one_element_is_filled_with_its_weight() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    with torch.no_grad(), WeightWrites(model) as writes:
-        model.weight.data.fill_(torch.tensor([3.0]).item())
-    assert writes.written_bytes(model.weight) == 4
-
-
 def test_what_the_model_says_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(*(nn.Linear(4, 6) for _ in range(3)))
     names = [name for name, _ in model.named_parameters()]
     with torch.no_grad(), WeightWrites(model) as writes:
-        model[0].weight.zero_()
+        model[0].weight.add_(1)
         model[0].bias.copy_(torch.ones(6))
     require_complete(model, writes, set(names), names, where="`x`")
     assert [record.getMessage() for record in caplog.records] == [
