@@ -6,7 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sllmctl.errors import CheckpointError
 
@@ -31,6 +31,7 @@ def require_complete(
     where: str,
     level: CheckLevel = "full",
     optional: Collection[str] = (),
+    prefilled: Collection[str] = (),
 ) -> None:
     """Refuse a model of which a parameter, or a part of one, never got its weights.
 
@@ -42,6 +43,8 @@ def require_complete(
         where: Names the checkpoint in the error.
         level: ``full``, or ``names`` to allow parameters that got a part of their bytes.
         optional: Names of parameters that may keep their initial values.
+        prefilled: Names of parameters that may do so in part, such as in their padding, unless it
+            can be told that the checkpoint lacks a tensor of theirs.
 
     Raises:
         CheckpointError: It names parameters, bytes, and the tensors that the checkpoint lacks.
@@ -73,49 +76,74 @@ def require_complete(
         )
     if not lacking:
         return
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    told = {absent.parameter for absent in _absent(list(lacking), names, packed) if absent.sure}
+    lacking = {
+        name: (written, nbytes)
+        for name, (written, nbytes) in lacking.items()
+        if not written or name not in prefilled or name in told
+    }
+    if not lacking:
+        return
     parts = [
         f"`{name}` got {written} of {nbytes} bytes"
         for name, (written, nbytes) in list(lacking.items())[:_SHOWN]
     ]
     more = len(lacking) - _SHOWN
-    absent = missing_tensors(
-        list(lacking), names, getattr(model, "packed_modules_mapping", None) or {}
-    )
+    shown = missing_tensors(list(lacking), names, packed)
+    allows = "names" if all(written for written, _ in lacking.values()) else "off"
     raise CheckpointError(
         f"{where} does not fill a {type(model).__name__}: {', '.join(parts)}"
         + (f" and {more} more parameters" if more > 0 else "")
-        + (f"; it has no {', '.join(f'`{name}`' for name in absent[:_SHOWN])}" if absent else ""),
+        + (f"; it has no {', '.join(f'`{name}`' for name in shown[:_SHOWN])}" if shown else ""),
         hint="convert or copy the checkpoint again; where the model is right to leave bytes out, "
-        'such as padding, set "check": "names" in the loader\'s extra configuration',
+        f'set "check": "{allows}" in the loader\'s extra configuration',
     )
 
 
 def missing_tensors(
     parameters: Sequence[str], names: Collection[str], packed: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Name the tensors that a checkpoint lacks, as far as it can be told, for these parameters.
+    """Name the tensors that a checkpoint lacks for these parameters, or else that it may lack."""
+    found = _absent(parameters, names, packed)
+    sure = [absent.name for absent in found if absent.sure]
+    return list(dict.fromkeys(sure or [absent.name for absent in found]))
+
+
+class _Absent(NamedTuple):
+    """A tensor of a parameter that a checkpoint does not have.
+
+    A name that only our guess of the model's naming makes up is not sure.
+    """
+
+    parameter: str
+    name: str
+    sure: bool
+
+
+def _absent(
+    parameters: Sequence[str], names: Collection[str], packed: Mapping[str, Sequence[str]]
+) -> list[_Absent]:
+    """Find what a checkpoint may lack for these parameters.
 
     A fused parameter has its parts' names by the model's own table; and what every other layer
     has, this one should have.
     """
     known = set(names)
-    found: dict[str, None] = {}
+    kinds = {_pattern(name) for name in names}
+    found = []
     for parameter in parameters:
         *_, module, _ = ("", "", *parameter.split("."))
         parts = [parameter.replace(f".{module}.", f".{part}.") for part in packed.get(module, ())]
+        in_parts = not known.isdisjoint(parts)
         for name in parts or [parameter]:
             if name not in known:
-                found[name] = None
+                found.append(_Absent(parameter, name, in_parts or _pattern(name) in kinds))
     irregular = _irregular(known)
     for parameter in parameters:
         place = parameter.rsplit(".", 2)[0] + "."
-        for name in irregular:
-            if name.startswith(place):
-                found[name] = None
-    # A name that only our guess of the model's naming makes up is of no help.
-    return [name for name in found if _pattern(name) in {_pattern(known) for known in known}] or [
-        *found
-    ]
+        found += [_Absent(parameter, n, sure=True) for n in irregular if n.startswith(place)]
+    return found
 
 
 def _pattern(name: str) -> str:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
-_WRITERS = frozenset({_COPY, torch.Tensor.fill_, torch.Tensor.zero_, torch.Tensor.set_})
+_FILL, _ZERO = torch.Tensor.fill_, torch.Tensor.zero_
+_WRITERS = frozenset({_COPY, _FILL, _ZERO, torch.Tensor.set_})
+_MADE_EMPTY = frozenset({torch.empty, torch.empty_like, torch.empty_strided})
+_MADE_FULL = frozenset({torch.zeros, torch.zeros_like, torch.ones, torch.ones_like, torch.full})
 _TRUE = torch.tensor(True, device="cpu")
 # What writes a part that is no view: the same, done to flags of the elements.
 _MARKERS: Mapping[Any, Callable[..., Any]] = {
@@ -67,6 +70,55 @@ class _Region(NamedTuple):
                 return None
             nbytes *= length
         return self.offset, self.offset + nbytes
+
+
+class InitialValues(TorchFunctionMode):
+    """Notes, until `stop`, which parameters a model's constructor fills itself.
+
+    Their padding, and what they hold where a checkpoint says nothing, is as the model wants it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._filled: set[int | None] = set()
+        self._active = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a torch function, and note the memory that it fills."""
+        result = func(*args, **kwargs or {})
+        if func in _MADE_FULL:
+            self._filled.add(_address(result))
+        elif func in _MADE_EMPTY:
+            # Where something was that is gone.
+            self._filled.discard(_address(result))
+        elif func in (_FILL, _ZERO, _SET_ITEM):
+            self._filled.add(_address(args[0]))
+        return result
+
+    def __enter__(self) -> InitialValues:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._active = True
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Note no more: what the checkpoint writes is another matter."""
+        if self._active:
+            self._active = False
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def names(self, model: nn.Module) -> set[str]:
+        """Names of a model's parameters that it filled, wholly or in part."""
+        filled = self._filled - {None}
+        return {name for name, value in model.named_parameters() if _address(value) in filled}
 
 
 class WeightWrites(TorchFunctionMode):

@@ -13,7 +13,7 @@ from torch import nn
 
 from sllmctl.errors import ConfigError, SllmError
 from sllmctl.integrations.engine_complete import require_complete
-from sllmctl.integrations.engine_copy import WeightWrites
+from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 from sllmctl.integrations.engine_source import (
     EngineOptions,
     EngineWeights,
@@ -47,6 +47,7 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
             exc.message = with_hint(exc)
             raise
         self._weights: EngineWeights | None = None
+        self._initial = InitialValues()
         ours.model_loader_extra_config = extra  # SGLang's own loader knows no key of ours
         super().__init__(ours)
 
@@ -86,9 +87,10 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
                 ranks,
                 describe(self._weights.stats),
             )
-            model: nn.Module = super().load_model(
-                model_config=model_config, device_config=device_config
-            )
+            with self._initial:
+                model: nn.Module = super().load_model(
+                    model_config=model_config, device_config=device_config
+                )
             return model
         except SllmError as exc:
             exc.message = with_hint(exc)
@@ -104,7 +106,10 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
         weights = self._weights
         if weights is None:
             raise ConfigError("the weights were asked for outside of a load")
-        _check_what_loads(model, weights, self._options, model_config)
+        self._initial.stop()
+        _check_what_loads(
+            model, weights, self._options, model_config, prefilled=self._initial.names(model)
+        )
         return self._iterate(weights, model)
 
     def _iterate(
@@ -124,6 +129,8 @@ def _check_what_loads(
     weights: EngineWeights,
     options: EngineOptions,
     model_config: Any,
+    *,
+    prefilled: Set[str],
 ) -> None:
     """Have the model's next ``load_weights`` watched, and refused if it leaves bytes out.
 
@@ -144,6 +151,7 @@ def _check_what_loads(
             where=f"`{weights.found.model}`",
             level=options.check,
             optional=set(_optional(model, model_config)),
+            prefilled=prefilled,
         )
         return loaded
 

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from sllmctl.errors import CheckpointError, ConfigError, SllmError
 from sllmctl.integrations.engine_complete import require_complete
-from sllmctl.integrations.engine_copy import WeightWrites
+from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 from sllmctl.integrations.engine_rank import (
     RankKey,
     fill_from_rank_state,
@@ -51,6 +51,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             self._options = EngineOptions.parse(load_config.model_loader_extra_config or {})
         self._weights: EngineWeights | None = None
         self._rank_key: RankKey | None = None
+        self._initial = InitialValues()
         self.local_expert_ids: set[int] | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +61,8 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         try:
             with telling_hints():
                 self._open(model_config)
-                return super().load_model(*args, **kwargs)
+                with self._initial:
+                    return super().load_model(*args, **kwargs)
         finally:
             self._close()
 
@@ -79,6 +81,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             CheckpointError: The checkpoint lacks weights of the model; it names them.
             SllmError: As ``EngineWeights`` raises them.
         """
+        self._initial.stop()
         weights = self._open(model_config)
         try:
             if self._rank_key is not None and weights.found.path == self._rank_key.path:
@@ -95,6 +98,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 where=f"`{weights.found.model}`",
                 level=self._options.check,
                 optional=set(_optional(model, model_config)),
+                prefilled=self._initial.names(model),
             )
             if self._rank_key is not None and self._options.check != "full":
                 # Filling from a state asks nothing any more.

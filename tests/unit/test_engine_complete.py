@@ -10,7 +10,7 @@ from torch import nn
 
 from sllmctl.errors import CheckpointError
 from sllmctl.integrations.engine_complete import missing_tensors, require_complete
-from sllmctl.integrations.engine_copy import WeightWrites
+from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 
 
 class Attention(nn.Module):
@@ -194,6 +194,70 @@ def test_what_the_model_says_alone_is_told(caplog: pytest.LogCaptureFixture) -> 
     ]
     with pytest.raises(CheckpointError, match=r"`0.weight` got 0 of 96 bytes"):
         require_complete(model, writes, set(), names, where="`x`")
+
+
+class Padded(nn.Module):
+    """Rows for three tensors and for nothing, as kernels want them, and a bias of zeros."""
+
+    packed_modules_mapping = {"qkv": ["q", "k", "v"]}  # noqa: RUF012
+
+    def __init__(self, made: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.ModuleDict({"qkv": nn.ParameterDict({"weight": made(8, 4)})})
+        self.bias = nn.Parameter(torch.empty(4))
+        with torch.no_grad():
+            self.bias[:] = torch.finfo(torch.float32).min
+
+
+def check_padded(made: Callable[..., torch.Tensor], parts: str, *, names: str = "qkv") -> None:
+    with torch.device("cpu"), InitialValues() as initial:
+        torch.zeros(8, 4)  # gone again: its place may be the weight's
+        model = Padded(made)
+    initial.stop()
+    with torch.no_grad(), WeightWrites(model) as writes:
+        for part in parts:
+            model.layer["qkv"]["weight"].data["qkv".index(part) * 2 :][:2].copy_(torch.ones(2, 4))
+        model.bias[:1].copy_(torch.ones(1))
+    require_complete(
+        model,
+        writes,
+        None,
+        {f"layer.{name}.weight" for name in names},
+        where="`x`",
+        prefilled=initial.names(model),
+    )
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        torch.zeros,
+        torch.ones,
+        lambda *shape: torch.full(shape, 1.0),
+        lambda *shape: torch.empty(shape).zero_(),
+        lambda *shape: torch.zeros_like(torch.empty(shape)),
+    ],
+)
+def test_padding_that_the_model_made_itself_may_stay(
+    made: Callable[..., torch.Tensor],
+) -> None:
+    check_padded(made, "qkv")
+
+
+def test_padding_hides_neither_a_missing_tensor_nor_a_parameter_without_weights() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"`layer.qkv.weight` got 64 of 128 bytes; .*`layer.v.weight`"
+    ):
+        check_padded(torch.zeros, "qk", names="qk")
+    with pytest.raises(CheckpointError, match=r"`layer.qkv.weight` got 0 of 128 bytes") as caught:
+        check_padded(torch.zeros, "")
+    assert caught.value.hint is not None and '"check": "off"' in caught.value.hint
+
+
+def test_what_the_model_left_to_the_checkpoint_has_no_padding() -> None:
+    with pytest.raises(CheckpointError, match=r"`layer.qkv.weight` got 96 of 128 bytes") as caught:
+        check_padded(torch.empty, "qkv")
+    assert caught.value.hint is not None and '"check": "names"' in caught.value.hint
 
 
 def test_a_parameter_that_was_replaced_is_the_models_word() -> None:

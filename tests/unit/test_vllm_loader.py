@@ -26,6 +26,13 @@ class Base:
     def __init__(self, load_config: Any) -> None:
         self.load_config = load_config
 
+    def load_model(self: Any, vllm_config: Any, model_config: Any) -> nn.Module:
+        with torch.device("cpu"):
+            model = vllm_config.make()
+        self.load_weights(model, model_config)
+        model.made_after = torch.zeros(1)
+        return model  # type: ignore[no-any-return]
+
 
 @pytest.fixture
 def loaders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -92,6 +99,28 @@ def test_a_model_that_was_not_checked_to_the_last_byte_is_not_kept(
 def test_what_a_pool_of_threads_writes_is_seen(loaders: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="`rows` got 96 of 128 bytes"):
         fill(loaders, tmp_path / "model", rows=3)
+
+
+@pytest.mark.parametrize("made", [torch.zeros, torch.empty])
+def test_padding_is_the_models_own_if_it_filled_it(
+    loaders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    def make() -> Model:
+        model = Model()
+        model.rows = nn.Parameter(made(6, 8), requires_grad=False)
+        return model
+
+    write_checkpoint(tmp_path, {"model.safetensors": {"rows": torch.ones(4, 8)}})
+    monkeypatch.setattr(loaders, "_place", lambda: (0, 1))
+    loader = loaders.SllmLoader(SimpleNamespace(model_loader_extra_config={"store": "off"}))
+    config = SimpleNamespace(model=str(tmp_path), quantization=None)
+    engine = SimpleNamespace(make=make, model_config=config)
+    if made is torch.empty:
+        with pytest.raises(CheckpointError, match="`rows` got 128 of 192 bytes"):
+            loader.load_model(engine, config)
+    else:
+        assert loader.load_model(engine, config).rows.tolist() == [[1.0] * 8] * 4 + [[0.0] * 8] * 2
+    assert not torch.overrides._get_current_function_mode_stack()
 
 
 def test_a_misspelt_option_is_refused_with_what_was_meant(loaders: Any) -> None:
