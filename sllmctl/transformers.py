@@ -17,6 +17,7 @@ from sllmctl.api import StoreUse, start_load
 from sllmctl.core.background import Loading
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import DeviceSpec
+from sllmctl.errors import ConfigError
 from sllmctl.integrations.hf_build import Skeleton, build_model, make_skeleton, parse_dtype
 from sllmctl.integrations.hf_devices import ModelPlaces, place_model, sole_device
 from sllmctl.integrations.hf_lora import load_lora, save_lora
@@ -24,6 +25,9 @@ from sllmctl.integrations.hf_save import save_model
 
 if TYPE_CHECKING:
     import torch
+
+_NOT_PASSED_ON = ("config", "state_dict", "output_loading_info", "ignore_mismatched_sizes")
+"""What ``from_pretrained`` takes and we give it ourselves."""
 
 __all__ = ["load_lora", "load_model", "save_lora", "save_model"]
 
@@ -75,6 +79,14 @@ def load_model(
         DeviceError: A device has no room, or it failed.
         StoreUnreachable: A store is required, and none answers.
     """
+    for name in (*_NOT_PASSED_ON, "max_memory"):
+        if name in model_kwargs:
+            raise ConfigError(
+                f"load_model takes no `{name}`",
+                hint="settings of the model's configuration are keyword arguments by their names; "
+                "what goes where is a dict device_map's to say",
+            )
+    model_kwargs.pop("local_files_only", None)  # nothing is downloaded anyway
     dtype = parse_dtype(model_kwargs.pop("dtype", torch_dtype))
     places: DeviceSpec | ModelPlaces | None = sole_device(device_map)
     path = resolve_model(model_path, storage_path)

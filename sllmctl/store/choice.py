@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sllmctl.core.checkpoint import Checkpoint, open_checkpoint
 from sllmctl.core.config import looks_like_path, resolve_model
@@ -21,7 +21,7 @@ from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.placement import DeviceMap
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.stream import stream
-from sllmctl.errors import CheckpointNotFound, StoreError, StoreUnreachable
+from sllmctl.errors import CheckpointNotFound, ConfigError, StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_named, load_named_to_devices, load_through_store
 from sllmctl.store.named import NamedModel
@@ -180,6 +180,8 @@ def _load_to_devices(
 
 
 def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
+    if store not in get_args(StoreUse):
+        raise ConfigError(f"`{store}` is no value of `store`", hint="; ".join(get_args(StoreUse)))
     if store == "off":
         return None
     try:

@@ -145,6 +145,23 @@ def test_a_required_store_that_is_not_there_is_an_error(
         load_model(original("qwen3"), store="require")
 
 
+def test_a_use_of_the_store_that_there_is_not_is_an_error(original: Any) -> None:
+    with pytest.raises(ConfigError, match="`required` is no value of `store`") as caught:
+        load_model(original("qwen3"), store="required")  # type: ignore[arg-type]
+    assert caught.value.hint == "auto; require; off"
+
+
+@pytest.mark.parametrize("name", ["config", "state_dict", "output_loading_info", "max_memory"])
+def test_what_only_from_pretrained_takes_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"load_model takes no `{name}`"):
+        load_model(tmp_path, **{name: None})
+
+
+def test_only_local_files_are_ever_used(original: Any) -> None:
+    model = load_model(original("qwen3"), local_files_only=True)
+    assert_same_model(model, reference(original("qwen3"), "qwen3"))
+
+
 @pytest.mark.parametrize("setting", [{"attn_implementation": "magic"}, {"magic": 1}])
 def test_a_setting_that_the_class_does_not_know_is_refused(setting: Any, original: Any) -> None:
     with pytest.raises(ConfigError, match="makes no Qwen3ForCausalLM of .*magic"):
