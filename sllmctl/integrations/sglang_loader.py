@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,8 +79,12 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
                     hint="leave `rank_state` out: each SGLang worker moves its own part alone",
                 )
             rank, ranks = _place()
-            found = find_model(self._options, model_config.model_path)
-            self._weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
+            options = self._options
+            if _is_separate_draft(model_config):
+                # Of the two models it is the other that one `model` means.
+                options = replace(options, model=None)
+            found = find_model(options, model_config.model_path)
+            self._weights = EngineWeights(found, options, rank=rank, ranks=ranks)
             log.info(
                 "sllm: `%s`, process %d of %d here: %s",
                 found.model,
@@ -174,12 +179,24 @@ def _place() -> tuple[int, int]:
     return torch.distributed.get_rank() % here, here
 
 
+def _is_separate_draft(model_config: Any) -> bool:
+    """Whether a model drafts for one that has weights elsewhere."""
+    if not getattr(model_config, "is_draft_model", False):
+        return False
+    target = getattr(_server_arguments(), "model_path", model_config.model_path)
+    return bool(target != model_config.model_path)
+
+
 def _nodes() -> int:
+    return max(int(getattr(_server_arguments(), "nnodes", 1)), 1)
+
+
+def _server_arguments() -> Any:
     try:
         from sglang.srt.runtime_context import get_server_args
     except ImportError:  # older versions
         try:
             from sglang.srt.server_args import get_global_server_args as get_server_args
         except ImportError:  # 0.5.3 keeps it from its loaders
-            return 1
-    return max(int(get_server_args().nnodes), 1)
+            return None
+    return get_server_args()
