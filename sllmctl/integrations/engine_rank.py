@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from sllmctl.core.checkpoint import Checkpoint, open_checkpoint
+from sllmctl.core.header import load_json
 from sllmctl.core.manifest import MANIFEST_NAME
 from sllmctl.core.write.save import save_tensors
 from sllmctl.errors import CheckpointError
@@ -94,8 +96,11 @@ def find_rank_state(key: RankKey) -> FoundModel:
             f"`{key.model}` has no rank state",
             hint="run `sllmctl convert --engine`, or load once with rank_state=auto",
         )
-    reasons = [_differences(key.made_by, _made_by(other.parent)) for other in others]
-    nearest = min(reasons, key=len)
+    reasons = []
+    for other in others:
+        with suppress(CheckpointError):  # a damaged one is no reason why none fits
+            reasons.append(_differences(key.made_by, _made_by(other.parent)))
+    nearest = min(reasons, key=len, default=["all of them are damaged"])
     raise CheckpointError(
         f"no rank state of `{key.model}` fits rank {key.rank}: "
         + (", ".join(nearest[:_SHOWN]) if nearest else "it was written for other ranks only"),
@@ -106,11 +111,11 @@ def find_rank_state(key: RankKey) -> FoundModel:
 
 def _made_by(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads((path / STATE_NAME).read_bytes())
+        document = load_json((path / STATE_NAME).read_bytes(), STATE_NAME)
         made_by = document["made_by"]
         if not isinstance(made_by, dict) or document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {document['format_version']}")
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, CheckpointError) as exc:
         raise CheckpointError(
             f"damaged rank state `{path}`: {exc}", hint=f"remove `{path}`; it is made anew"
         ) from exc

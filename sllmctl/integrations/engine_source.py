@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from sllmctl import api
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, Shard, open_checkpoint
 from sllmctl.core.config import looks_like_path, resolve_model, storage_path
+from sllmctl.core.header import load_json
 from sllmctl.core.load import LoadOptions, LoadStats
 from sllmctl.core.places import find_source
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, SllmError
@@ -259,8 +259,8 @@ def _require_same_architecture(engine_path: Path, path: Path) -> None:
 
 def _architectures(path: Path) -> frozenset[str]:
     try:
-        named = json.loads(path.read_bytes()).get("architectures")
-    except (OSError, ValueError, AttributeError):
+        named = load_json(path.read_bytes(), "config.json").get("architectures")
+    except (OSError, CheckpointError):
         return frozenset()
     return frozenset(map(str, named)) if isinstance(named, list) else frozenset()
 

@@ -109,7 +109,8 @@ def test_a_state_under_a_wrong_name_is_refused(key: RankKey) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format_version": 2, "made_by": {}}', '{"made_by": 1}']
+    "content",
+    ["", "[]", "{}", '{"format_version": 2, "made_by": {}}', '{"made_by": 1}', "[" * 100_000],
 )
 def test_a_damaged_description_is_refused(key: RankKey, content: str) -> None:
     model = Tied()
@@ -118,6 +119,13 @@ def test_a_damaged_description_is_refused(key: RankKey, content: str) -> None:
     with pytest.raises(CheckpointError, match="damaged rank state") as caught:
         find_rank_state(key)
     assert str(key.path) in str(caught.value.hint)
+    # Others' damage says nothing of what would fit.
+    newer = replace(key, made_by={**MADE_BY, "engine_version": "1.3.0"})
+    with pytest.raises(CheckpointError, match="fits rank 0: all of them are damaged"):
+        find_rank_state(newer)
+    save_rank_state(replace(key, rank=1), model, shapes_of(model))
+    with pytest.raises(CheckpointError, match="engine_version is 1.2.3 there and 1.3.0 here"):
+        find_rank_state(newer)
 
 
 @pytest.mark.parametrize(
