@@ -23,11 +23,11 @@ from sllmctl.core.write.convert import convert
 from sllmctl.core.write.target import require_replaceable
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
 from sllmctl.integrations.hf_build import listed, parse_dtype
+from sllmctl.integrations.hf_save import ADAPTER_CONFIG, keep_others
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAME = "adapter_config.json"
 _PLACEMENTS = (None, "auto", "balanced", "balanced_low_0", "sequential")
 _PREFIX = "base_model.model."
 """Of the names in an adapter's file, before those of the model's modules."""
@@ -42,7 +42,8 @@ def save_lora(
 ) -> Path:
     """Save an adapter as PEFT does, with digests: PEFT, vLLM and SGLang read the directory.
 
-    The model stays where it is. An adapter that is there already is replaced in one step.
+    The model stays where it is. An adapter that is there already is replaced in one step; the
+    tokenizer and other files beside it stay.
 
     Args:
         model: A ``PeftModel``, on any device.
@@ -54,7 +55,7 @@ def save_lora(
 
     Raises:
         ConfigError: That is no ``PeftModel``, it has no such adapter, several are active, peft is
-            not installed, or the directory holds something else.
+            not installed, or the directory holds something else, such as a model.
         CheckpointError: The directory cannot be written.
     """
     peft = _import_peft()
@@ -78,12 +79,20 @@ def save_lora(
         )
     target = Path(lora_path).expanduser()
     require_replaceable(target, force=True)
+    if (target / "config.json").exists() or (
+        any(target.glob("*.safetensors")) and not (target / ADAPTER_CONFIG).exists()
+    ):
+        raise ConfigError(
+            f"`{target}` holds a model, and no adapter: it is not replaced",
+            hint="choose another place for the adapter",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.save-") as staging:
         model.save_pretrained(staging, selected_adapters=[name])
         # Where PEFT puts an adapter depends on its name.
         written = Path(staging) / name
-        source = written if (written / CONFIG_NAME).is_file() else Path(staging)
+        source = written if (written / ADAPTER_CONFIG).is_file() else Path(staging)
+        keep_others(target, source)
         convert(source, target, force=True, verify=False, origin=Origin())
     return target
 
@@ -162,9 +171,9 @@ def _import_peft() -> Any:
 
 
 def _read_config(peft: Any, path: Path) -> Any:
-    if not (path / CONFIG_NAME).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         raise CheckpointNotFound(
-            f"`{path}` has no {CONFIG_NAME}, so it is no adapter",
+            f"`{path}` has no {ADAPTER_CONFIG}, so it is no adapter",
             hint="an adapter is a directory that save_lora or PEFT's save_pretrained wrote",
         )
     try:
@@ -172,7 +181,7 @@ def _read_config(peft: Any, path: Path) -> Any:
     except Exception as exc:  # whatever a foreign configuration does to the class that reads it
         reason = str(exc).strip().partition("\n")[0]
         raise ConfigError(
-            f"peft {peft.__version__} cannot read `{path / CONFIG_NAME}`: {reason}",
+            f"peft {peft.__version__} cannot read `{path / ADAPTER_CONFIG}`: {reason}",
             hint="a newer peft may know it",
         ) from exc
     if config.peft_type != peft.PeftType.LORA:
@@ -231,6 +240,8 @@ def _attach(
         ConfigError: PEFT cannot make such layers in this model.
     """
     wrapped = isinstance(model, peft.PeftModel)
+    modules = [item for parent in model.modules() for item in _children(parent)]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if wrapped:
             model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
@@ -255,10 +266,18 @@ def _attach(
             adapted.delete_adapter(adapter_name)
         else:
             adapted.unload()
+            for parent, name, child in modules:  # what PEFT copied does not come back by itself
+                setattr(parent, name, child)
+            for parameter, wanted in gradients:
+                parameter.requires_grad_(wanted)
         raise
     if config.inference_mode:
         adapted.eval()
     return adapted
+
+
+def _children(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    return [(module, name, child) for name, child in module.named_children()]
 
 
 def _fill(
@@ -284,6 +303,8 @@ def _fill(
     kept = {name: p.dtype for name, p in _own(model, adapter_name) if not p.is_meta}
     try:
         result = put(assign=True)
+    except KeyError as exc:
+        raise _misfit(path, model, [f"missing: {shown(exc.args[0])}"]) from exc
     except (RuntimeError, LookupError) as exc:
         found = _MISMATCH.findall(str(exc).replace("\n", " "))
         wrong = [f"{shown(name)} is {file} instead of {wanted}" for name, file, wanted in found]

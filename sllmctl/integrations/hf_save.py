@@ -20,6 +20,8 @@ from sllmctl.integrations.hf_build import quiet_transformers
 if TYPE_CHECKING:
     import torch
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 def save_model(model: Any, model_path: str | os.PathLike[str]) -> Path:
     """Save a model as a converted checkpoint, with its configuration and generation settings.
@@ -53,21 +55,22 @@ def save_model(model: Any, model_path: str | os.PathLike[str]) -> Path:
         )
     target = Path(model_path).expanduser()
     require_replaceable(target, force=True)
+    if (target / ADAPTER_CONFIG).exists() and not (target / "config.json").exists():
+        raise ConfigError(
+            f"`{target}` holds an adapter, and no model: it is not replaced",
+            hint="choose another place for the model",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = _disk_tensors(model)
-    kept = _other_files(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.save-") as name:
         staging = Path(name)
         # An empty dict of weights makes transformers write all that goes beside them.
         with quiet_transformers():
             model.save_pretrained(staging, state_dict=None if tensors is None else {})
         if tensors is not None:
-            save_tensors(tensors, target, files=kept | _read_files(staging))
+            save_tensors(tensors, target, files=_other_files(target) | _read_files(staging))
             return target
-        for file, content in kept.items():
-            if not (staging / file).exists():
-                (staging / file).parent.mkdir(parents=True, exist_ok=True)
-                (staging / file).write_bytes(content)
+        keep_others(target, staging)
         convert(staging, target, force=True, verify=False, origin=Origin())
     return target
 
@@ -130,8 +133,21 @@ def _untied(state: dict[str, torch.Tensor], declared: set[str]) -> dict[str, tor
     }
 
 
+def keep_others(target: Path, staging: Path) -> None:
+    """Copy what lies beside the weights that are to be replaced, unless something takes its place.
+
+    Args:
+        target: The directory that is to be replaced, which may not be there yet.
+        staging: Where its successor is being made.
+    """
+    for file, content in _other_files(target).items():
+        if not (staging / file).exists():
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / file).write_bytes(content)
+
+
 def _other_files(target: Path) -> dict[str, bytes]:
-    """What lies beside the weights of a checkpoint that is to be replaced, or ahead of them."""
+    """What lies beside the weights of a checkpoint, or ahead of them."""
     try:
         others = list_source(target).others
     except CheckpointNotFound:

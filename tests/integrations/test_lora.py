@@ -17,7 +17,7 @@ from sllmctl.core.manifest import Origin
 from sllmctl.core.verify import verify
 from sllmctl.core.write.convert import convert
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, DeviceUnavailable
-from sllmctl.transformers import load_lora, load_model, save_lora
+from sllmctl.transformers import load_lora, load_model, save_lora, save_model
 from tests.integrations.compare import different, loaded, outputs
 from tests.models import AUTO_CLASS, same_bits
 from tests.store.conftest import RunningStore
@@ -219,6 +219,35 @@ def test_one_of_several_is_saved_in_the_place_of_another(
         save_lora(loaded(original("qwen3"), "qwen3"), tmp_path / "saved")
 
 
+def test_what_lies_beside_a_replaced_adapter_stays(
+    adapter: Adapter, original: Any, tmp_path: Path
+) -> None:
+    model = load_lora(loaded(original("qwen3"), "qwen3"), "mine", adapter("qwen3"))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "tokenizer_config.json").write_text("{}")  # as trainers save it ahead of the adapter
+    for _ in range(2):
+        save_lora(model, saved)
+        assert (saved / "tokenizer_config.json").read_text() == "{}"
+        assert not verify(saved).problems
+
+
+def test_neither_a_model_nor_an_adapter_takes_the_others_place(
+    adapter: Adapter, original: Any, tmp_path: Path
+) -> None:
+    model = load_lora(loaded(original("qwen3"), "qwen3"), "mine", adapter("qwen3"))
+    place = Path(shutil.copytree(original("qwen3"), tmp_path / "model"))
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(ConfigError, match="holds a model, and no adapter"):
+        save_lora(model, place)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+    (place / "config.json").unlink()
+    with pytest.raises(ConfigError, match="holds a model, and no adapter"):
+        save_lora(model, place)
+    with pytest.raises(ConfigError, match="holds an adapter, and no model"):
+        save_model(loaded(original("qwen3"), "qwen3"), adapter("qwen3"))
+
+
 @pytest.fixture
 def edited(adapter: Adapter) -> Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]:
     """Write an adapter again with other tensors."""
@@ -261,6 +290,23 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(
     assert list(dict(model.named_parameters())) == names
     assert same_bits(outputs(model), before)
     assert not others or list(model.peft_config) == ["other"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied"])
+def test_what_peft_copied_of_the_model_goes_with_the_adapter(
+    name: str, adapter: Adapter, original: Any
+) -> None:
+    path = adapter("qwen3")
+    document = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(
+        json.dumps(document | {"modules_to_save": ["lm_head"]})
+    )
+    model = loaded(original(name), name)
+    before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"missing: `base_model.model.lm_head.weight`"):
+        load_lora(model, "mine", path)
+    assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
 
 
 def test_what_is_no_adapter_is_refused(adapter: Adapter, original: Any, tmp_path: Path) -> None:
