@@ -43,8 +43,8 @@ def require_complete(
         where: Names the checkpoint in the error.
         level: ``full``, or ``names`` to allow parameters that got a part of their bytes.
         optional: Names of parameters that may keep their initial values.
-        prefilled: Names of parameters that may do so in part, such as in their padding, unless it
-            can be told that the checkpoint lacks a tensor of theirs.
+        prefilled: Names of parameters that may do so in part, such as in their padding, and of
+            biases, unless it can be told that the checkpoint lacks a tensor of theirs.
 
     Raises:
         CheckpointError: It names parameters, bytes, and the tensors that the checkpoint lacks.
@@ -81,7 +81,7 @@ def require_complete(
     lacking = {
         name: (written, nbytes)
         for name, (written, nbytes) in lacking.items()
-        if not written or name not in prefilled or name in told
+        if name not in prefilled or name in told or not (written or name.endswith("bias"))
     }
     if not lacking:
         return

@@ -209,7 +209,9 @@ class Padded(nn.Module):
             self.bias[:] = torch.finfo(torch.float32).min
 
 
-def check_padded(made: Callable[..., torch.Tensor], parts: str, *, names: str = "qkv") -> None:
+def check_padded(
+    made: Callable[..., torch.Tensor], parts: str, *, names: str = "qkv", bias: int = 1
+) -> None:
     with torch.device("cpu"), InitialValues() as initial:
         torch.zeros(8, 4)  # gone again: its place may be the weight's
         model = Padded(made)
@@ -217,7 +219,7 @@ def check_padded(made: Callable[..., torch.Tensor], parts: str, *, names: str = 
     with torch.no_grad(), WeightWrites(model) as writes:
         for part in parts:
             model.layer["qkv"]["weight"].data["qkv".index(part) * 2 :][:2].copy_(torch.ones(2, 4))
-        model.bias[:1].copy_(torch.ones(1))
+        model.bias[:bias].copy_(torch.ones(bias))
     require_complete(
         model,
         writes,
@@ -252,6 +254,24 @@ def test_padding_hides_neither_a_missing_tensor_nor_a_parameter_without_weights(
     with pytest.raises(CheckpointError, match=r"`layer.qkv.weight` got 0 of 128 bytes") as caught:
         check_padded(torch.zeros, "")
     assert caught.value.hint is not None and '"check": "off"' in caught.value.hint
+
+
+def test_a_bias_that_no_checkpoint_has_is_what_the_model_made_it() -> None:
+    check_padded(torch.zeros, "qkv", bias=0)
+    model = nn.ModuleDict({"layers": nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2))})
+    with torch.no_grad(), WeightWrites(model) as writes:
+        model["layers"][0].bias.copy_(torch.ones(2))
+    weights = {"layers.0.weight", "layers.1.weight"}
+    with pytest.raises(CheckpointError, match=r"it has no `layers.1.bias`"):
+        require_complete(
+            model,
+            writes,
+            None,
+            {"layers.0.bias"},
+            where="`x`",
+            optional=weights,
+            prefilled={"layers.1.bias"},
+        )
 
 
 def test_what_the_model_left_to_the_checkpoint_has_no_padding() -> None:
