@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from sllmctl import api
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, Shard, open_checkpoint
@@ -79,29 +79,32 @@ class EngineOptions:
                     f"sllmctl's loader has no option `{key}`",
                     hint=f"did you mean `{near[0]}`?" if near else f"it has {', '.join(_KEYS)}",
                 )
-        asked = {"store": os.environ.get(STORE_VARIABLE) or None, **extra}
+        store = os.environ.get(STORE_VARIABLE) or "auto"
+        asked: dict[str, Any] = {"store": store, "check": "full", "rank_state": "off"}
+        asked |= {key: value for key, value in extra.items() if value is not None}
         for key, choices in _CHOICES.items():
-            if asked.get(key) not in (None, *choices):
+            if asked[key] not in choices:
                 raise ConfigError(f"`{asked[key]}` is no value of `{key}`", hint="; ".join(choices))
-        model = extra.get("model")
-        by_model = model if isinstance(model, Mapping) else {}
-        for text in (*by_model, *by_model.values(), model if model is not by_model else None):
+        model = asked.get("model")
+        models = dict(model) if isinstance(model, Mapping) else {}
+        for text in [*models, *models.values()] if models else [model]:
             if text is not None and (not isinstance(text, str) or not text):
                 raise ConfigError(f"`{text}` is no model", hint="give a path, or a name")
         for key in ("storage_path", "socket"):
-            if not isinstance(extra.get(key, ""), str):
-                raise ConfigError(f"`{extra[key]}` is no path", hint=f"give `{key}` as text")
-        if not isinstance(extra.get("verify", False), bool):
-            raise ConfigError(f"`{extra['verify']}` is no value of `verify`", hint="true; false")
+            if not isinstance(asked.get(key, ""), str):
+                raise ConfigError(f"`{asked[key]}` is no path", hint=f"give `{key}` as text")
+        verify = asked.get("verify", False)
+        if not isinstance(verify, bool):
+            raise ConfigError(f"`{verify}` is no value of `verify`", hint="true; false")
         return cls(
-            model=model if isinstance(model, str) else None,
-            models=dict(by_model),
-            storage_path=_path(extra.get("storage_path")),
-            store=cast(api.StoreUse, asked["store"] or "auto"),
-            socket=_path(extra.get("socket")),
-            verify=extra.get("verify", False),
-            check=extra.get("check") or "full",
-            rank_state=extra.get("rank_state") or "off",
+            model=None if models else model,
+            models=models,
+            storage_path=_path(asked.get("storage_path")),
+            store=asked["store"],
+            socket=_path(asked.get("socket")),
+            verify=verify,
+            check=asked["check"],
+            rank_state=asked["rank_state"],
         )
 
     def _name_of(self, path: Path) -> str | None:

@@ -55,6 +55,9 @@ def bare(path: Path, architecture: str = "TinyForCausalLM") -> Path:
         ({"verify": "yes"}, "true; false"),
         ({"model": 3}, "give a path"),
         ({"model": {"a": ""}}, "give a path"),
+        ({"model": {}}, "give a path"),
+        ({"model": [{}]}, "give a path"),
+        ({"store": {}}, "auto; require; off"),
         ({"socket": 3}, "as text"),
     ],
 )
@@ -67,6 +70,11 @@ def test_an_option_that_makes_no_sense_is_refused(extra: dict[str, object], word
 def test_an_extra_configuration_that_is_no_object_is_refused() -> None:
     with pytest.raises(ConfigError, match="no JSON object"):
         EngineOptions.parse("model")
+
+
+def test_null_is_no_value() -> None:
+    names = ("model", "storage_path", "store", "socket", "verify", "check", "rank_state")
+    assert EngineOptions.parse(dict.fromkeys(names)) == EngineOptions.parse({}) == EngineOptions()
 
 
 def test_the_option_wins_over_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
