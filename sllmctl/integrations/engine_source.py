@@ -179,8 +179,13 @@ def find_model(options: EngineOptions, engine_model: str) -> FoundModel:
     try:
         path = resolve_model(model, options.storage_path)
         checkpoint = open_checkpoint(path)
-    except CheckpointNotFound:
+    except CheckpointNotFound as exc:
         if options.store == "off" or looks_like_path(model):
+            if model == engine_model and Path(model).is_dir():
+                exc.hint = (
+                    f"{exc.hint}; or name the checkpoint as `model` in the loader's extra "
+                    "configuration"
+                )
             raise
         return FoundModel(model, None, None)
     _require_same_architecture(Path(engine_model), path)

@@ -175,6 +175,12 @@ def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(storage: Path) -> 
     assert "org/tiny" in str(caught.value.hint)
 
 
+def test_a_directory_without_weights_asks_for_the_checkpoints_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match="no \\*.safetensors file") as caught:
+        open_weights(EngineOptions(), str(bare(tmp_path / "engine")))
+    assert "name the checkpoint as `model`" in str(caught.value.hint)
+
+
 def test_a_required_store_that_does_not_answer_is_an_error(storage: Path) -> None:
     with pytest.raises(StoreUnreachable):
         open_weights(EngineOptions.parse({"store": "require"}), "org/tiny")
