@@ -70,6 +70,7 @@ def rank_key(found: FoundModel, model_config: Any) -> RankKey:
         "engine": "vllm",
         "engine_version": vllm.__version__,
         "platform": _platform(current_platform),
+        "device": _device(current_platform),
         "checkpoint": checkpoint_digest(found.checkpoint),
         "config": _config_digest(model_config.hf_config),
         "architecture": ", ".join(getattr(model_config.hf_config, "architectures", None) or ()),
@@ -111,6 +112,14 @@ def _platform(platform: Any) -> str:
         return f"{platform.device_name}, {package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return f"{platform.device_name}, {package}"
+
+
+def _device(platform: Any) -> str | None:
+    """The model of the device: vLLM pads some quantized weights as its kernels there want them."""
+    try:
+        return str(platform.get_device_name())
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _config_digest(config: Any) -> str:

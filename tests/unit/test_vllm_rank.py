@@ -128,6 +128,7 @@ def rank_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> RankOf:
 
     def key(tp: int = 0, pp: int = 0, dp: int = 0, pcp: int = 0, **settings: Any) -> RankKey:
         sizes = {"tp": 2, "pp": 2, "dp": 1, "pcp": 1, **settings.pop("sizes", {})}
+        device = settings.pop("device", "card A")
         ranks = {"tp": tp, "pp": pp, "dp": dp, "pcp": pcp}
         groups = {
             f"get_{name}_group": lambda name=name: SimpleNamespace(
@@ -145,7 +146,8 @@ def rank_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> RankOf:
         put("vllm.config", get_current_vllm_config=lambda: config)
         put("vllm.distributed", **groups)
         put("vllm.distributed.parallel_state", **groups)
-        put("vllm.platforms", current_platform=SimpleNamespace(device_name="cpu"))
+        platform = SimpleNamespace(device_name="npu", get_device_name=lambda: device)
+        put("vllm.platforms", current_platform=platform)
         model_config = SimpleNamespace(
             quantization=None, dtype=torch.bfloat16, hf_config=SimpleNamespace(to_dict=dict)
         )
@@ -180,3 +182,8 @@ def test_experts_that_are_placed_otherwise_are_another_state(rank_of: RankOf) ->
     )
     assert linear.rank == turns.rank
     assert linear.path != turns.path
+
+
+def test_another_kind_of_card_is_another_state(rank_of: RankOf) -> None:
+    # Padding of quantized weights follows the kernels that a card has.
+    assert rank_of(device="card A").path != rank_of(device="card B").path
