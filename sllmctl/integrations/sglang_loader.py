@@ -12,7 +12,7 @@ import torch
 from sglang.srt.model_loader.loader import DefaultModelLoader
 from torch import nn
 
-from sllmctl.errors import ConfigError, SllmError
+from sllmctl.errors import ConfigError
 from sllmctl.integrations.engine_complete import require_complete
 from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 from sllmctl.integrations.engine_source import (
@@ -20,7 +20,7 @@ from sllmctl.integrations.engine_source import (
     EngineWeights,
     describe,
     find_model,
-    with_hint,
+    telling_hints,
 )
 from sllmctl.integrations.engine_threads import tasks_run_here
 from sllmctl.integrations.sglang import KEY
@@ -42,11 +42,8 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: Any) -> None:
         ours = copy.copy(load_config)
         extra = dict(ours.model_loader_extra_config or {})
-        try:
+        with telling_hints():
             self._options = EngineOptions.parse(extra.pop(KEY, {}))
-        except SllmError as exc:
-            exc.message = with_hint(exc)
-            raise
         self._weights: EngineWeights | None = None
         self._initial = InitialValues()
         ours.model_loader_extra_config = extra  # SGLang's own loader knows no key of ours
@@ -68,42 +65,43 @@ class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
             SllmError: As ``EngineWeights`` raises them.
         """
         try:
-            if getattr(model_config, "modelopt_quant", None):
-                raise ConfigError(
-                    "ModelOpt quantizes what SGLang's own loader reads",
-                    hint=f"leave `{KEY}` out of the loader's extra configuration",
-                )
-            if self._options.rank_state != "off":
-                raise ConfigError(
-                    "a rank state is what vLLM's workers write and read",
-                    hint="leave `rank_state` out: each SGLang worker moves its own part alone",
-                )
-            rank, ranks = _place()
-            options = self._options
-            if _is_separate_draft(model_config):
-                # Of the two models it is the other that one `model` means.
-                options = replace(options, model=None)
-            found = find_model(options, model_config.model_path)
-            self._weights = EngineWeights(found, options, rank=rank, ranks=ranks)
-            log.info(
-                "sllm: `%s`, process %d of %d here: %s",
-                found.model,
-                rank,
-                ranks,
-                describe(self._weights.stats),
-            )
-            with self._initial:
-                model: nn.Module = super().load_model(
-                    model_config=model_config, device_config=device_config
-                )
+            with telling_hints():
+                self._open(model_config)
+                with self._initial:
+                    model: nn.Module = super().load_model(
+                        model_config=model_config, device_config=device_config
+                    )
             return model
-        except SllmError as exc:
-            exc.message = with_hint(exc)
-            raise
         finally:
             if self._weights is not None:
                 self._weights.close()
                 self._weights = None
+
+    def _open(self, model_config: Any) -> None:
+        if getattr(model_config, "modelopt_quant", None):
+            raise ConfigError(
+                "ModelOpt quantizes what SGLang's own loader reads",
+                hint=f"leave `{KEY}` out of the loader's extra configuration",
+            )
+        if self._options.rank_state != "off":
+            raise ConfigError(
+                "a rank state is what vLLM's workers write and read",
+                hint="leave `rank_state` out: each SGLang worker moves its own part alone",
+            )
+        rank, ranks = _place()
+        options = self._options
+        if _is_separate_draft(model_config):
+            # Of the two models it is the other that one `model` means.
+            options = replace(options, model=None)
+        found = find_model(options, model_config.model_path)
+        self._weights = EngineWeights(found, options, rank=rank, ranks=ranks)
+        log.info(
+            "sllm: `%s`, process %d of %d here: %s",
+            found.model,
+            rank,
+            ranks,
+            describe(self._weights.stats),
+        )
 
     def _get_all_weights(
         self, model_config: Any, model: nn.Module
