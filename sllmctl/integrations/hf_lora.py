@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,8 +240,7 @@ def _attach(
         ConfigError: PEFT cannot make such layers in this model.
     """
     wrapped = isinstance(model, peft.PeftModel)
-    modules = [item for parent in model.modules() for item in _children(parent)]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    restore = _remember(model)
     try:
         if wrapped:
             model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
@@ -254,6 +253,7 @@ def _attach(
             )
             config.base_model_name_or_path = trained_on
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as exc:
+        restore()
         reason = str(exc).strip().partition("\n")[0]
         raise ConfigError(
             f"the adapter `{path}` does not suit a {_class_name(model)}: {reason}",
@@ -264,20 +264,32 @@ def _attach(
     except BaseException:
         if wrapped:
             adapted.delete_adapter(adapter_name)
-        else:
-            adapted.unload()
-            for parent, name, child in modules:  # what PEFT copied does not come back by itself
-                setattr(parent, name, child)
-            for parameter, wanted in gradients:
-                parameter.requires_grad_(wanted)
+        restore()
         raise
     if config.inference_mode:
         adapted.eval()
     return adapted
 
 
-def _children(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
-    return [(module, name, child) for name, child in module.named_children()]
+def _remember(model: torch.nn.Module) -> Callable[[], None]:
+    """What makes a model again what it is now, of the same modules and parameters."""
+    modules = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    ]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = set(vars(model))
+
+    def restore() -> None:
+        for parent, name, child in modules:
+            setattr(parent, name, child)
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
+        for name in vars(model).keys() - attributes:
+            delattr(model, name)
+
+    return restore
 
 
 def _fill(

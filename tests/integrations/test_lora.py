@@ -294,18 +294,25 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-tied"])
-def test_what_peft_copied_of_the_model_goes_with_the_adapter(
-    name: str, adapter: Adapter, original: Any
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "missing: `base_model.model.lm_head.weight`"),
+        ({"target_modules": ["q_proj", "norm"]}, "does not suit a Qwen3ForCausalLM: .*RMSNorm"),
+    ],
+)
+def test_an_adapter_that_fails_leaves_nothing_in_the_model(
+    name: str, settings: Any, error: str, adapter: Adapter, original: Any
 ) -> None:
     path = adapter("qwen3")
     document = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(
-        json.dumps(document | {"modules_to_save": ["lm_head"]})
-    )
+    (path / "adapter_config.json").write_text(json.dumps(document | settings))
     model = loaded(original(name), name)
+    attributes = set(vars(model))
     before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
-    with pytest.raises(CheckpointError, match=r"missing: `base_model.model.lm_head.weight`"):
+    with pytest.raises((CheckpointError, ConfigError), match=error):
         load_lora(model, "mine", path)
+    assert set(vars(model)) == attributes
     assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
 
 
