@@ -241,6 +241,13 @@ def _attach(
     """
     wrapped = isinstance(model, peft.PeftModel)
     restore = _remember(model)
+
+    def undo() -> None:
+        if wrapped:
+            model.peft_config.setdefault(adapter_name, config)  # PEFT forgets what failed half way
+            model.delete_adapter(adapter_name)
+        restore()
+
     try:
         if wrapped:
             model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
@@ -253,7 +260,7 @@ def _attach(
             )
             config.base_model_name_or_path = trained_on
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as exc:
-        restore()
+        undo()
         reason = str(exc).strip().partition("\n")[0]
         raise ConfigError(
             f"the adapter `{path}` does not suit a {_class_name(model)}: {reason}",
@@ -262,9 +269,7 @@ def _attach(
     try:
         _fill(peft, adapted, adapter_name, tensors, path, dtype)
     except BaseException:
-        if wrapped:
-            adapted.delete_adapter(adapter_name)
-        restore()
+        undo()
         raise
     if config.inference_mode:
         adapted.eval()

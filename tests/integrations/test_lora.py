@@ -316,6 +316,22 @@ def test_an_adapter_that_fails_leaves_nothing_in_the_model(
     assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
 
 
+def test_a_further_adapter_that_fails_half_way_may_be_loaded_again(
+    adapter: Adapter, original: Any
+) -> None:
+    path = adapter("qwen3", seed=1)
+    model = load_lora(loaded(original("qwen3"), "qwen3"), "one", adapter("qwen3"))
+    before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    good = (path / "adapter_config.json").read_text()
+    bad = json.loads(good) | {"target_modules": ["q_proj", "norm"]}
+    (path / "adapter_config.json").write_text(json.dumps(bad))
+    with pytest.raises(ConfigError, match="does not suit"):
+        load_lora(model, "two", path)
+    assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
+    (path / "adapter_config.json").write_text(good)
+    assert list(load_lora(model, "two", path).peft_config) == ["one", "two"]
+
+
 def test_what_is_no_adapter_is_refused(adapter: Adapter, original: Any, tmp_path: Path) -> None:
     model = loaded(original("qwen3"), "qwen3")
     with pytest.raises(CheckpointNotFound, match="nowhere"):
