@@ -19,7 +19,7 @@ from sllmctl.doctor.check import CHECKS, PROFILES, Status
 from sllmctl.doctor.document import document
 from sllmctl.doctor.examine import Examination, examine, matching
 from sllmctl.doctor.fix import plan
-from sllmctl.doctor.log_signatures import read_log
+from sllmctl.doctor.log_signatures import lines_of, read_log
 from sllmctl.doctor.machine import Machine, Options
 from sllmctl.doctor.probe import Probe
 from sllmctl.doctor.redact import SECRET_NAME, Redactor, hide_secrets
@@ -31,6 +31,7 @@ from sllmctl.doctor.view import View, explain, lines, listing, log_lines
 from sllmctl.errors import ConfigError
 
 EXIT_FINDINGS = 3
+VERDICTS = {0: "ok", EXIT_FINDINGS: "failed", 70: "broken"}
 
 
 def run(
@@ -106,19 +107,21 @@ def run(
     else:
         if report:
             _write_report(report, markdown(whole), console)
-        console.result(whole, quiet=_verdict_word(done), human=lines(done, view))
+        console.result(whole, quiet=VERDICTS[code], human=lines(done, view))
     if code:
         raise typer.Exit(code)
 
 
 def _explain_log(name: str, machine: Machine, console: Console, view: View) -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     try:
         with (
             contextlib.nullcontext(sys.stdin)
             if name == "-"
             else Path(name).open(encoding="utf-8", errors="replace")
         ) as source:
-            matches = read_log(source, machine.tables)
+            matches = read_log(lines_of(source), machine.tables)
     except OSError as exc:
         raise ConfigError(f"cannot read `{name}`: {exc.strerror}") from exc
     ids = [id for id in CHECKS if any(id in match.checks for match in matches)]  # noqa: A001
@@ -231,10 +234,6 @@ def _write_report(name: str, text: str, console: Console) -> None:
     console.warn(f"the report is in `{name}`; read it before you send it")
 
 
-def _verdict_word(done: Examination) -> str:
-    return {0: "ok", 3: "failed", 70: "broken"}[done.exit_code()]
-
-
 def _print(text: list[str]) -> None:
     print("\n".join(text))
 
@@ -245,7 +244,7 @@ def _view(lang: str, verbose: bool) -> View:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths and variables may hold bytes that are no text: they must not end the command.
         sys.stdout.reconfigure(errors="replace")
-    language = lang or (language_of(dict(os.environ)) if _can_write("中文") else "en")
+    language = (lang or language_of(dict(os.environ))) if _can_write("中文") else "en"
     terminal = sys.stdout.isatty()
     columns = shutil.get_terminal_size().columns if terminal else 0
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 from sllmctl.doctor.tables import Tables
 from sllmctl.doctor.text import Text, say
@@ -43,6 +44,14 @@ class Match:
     checks: tuple[str, ...]
 
 
+def lines_of(source: TextIO) -> Iterator[str]:
+    """The lines of a log, each up to `LINE_CHARS`: one of a gigabyte takes no more memory."""
+    while line := source.readline(LINE_CHARS):
+        yield line
+        while line and not line.endswith("\n"):
+            line = source.readline(LINE_CHARS)
+
+
 def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
     """Find the known lines of a log, in their order; each signature once.
 
@@ -54,7 +63,7 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
     before: tuple[int, str] | None = None
     unknown: tuple[int, str] | None = None
     for number, raw in enumerate(lines, 1):
-        line = raw[:LINE_CHARS].rstrip()
+        line = raw.rstrip()
         if _NOTHING in line:
             unknown = unknown or before
             continue

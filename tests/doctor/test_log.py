@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from sllmctl.doctor.log_signatures import read_log
+from sllmctl.doctor.log_signatures import LINE_CHARS, lines_of, read_log
 from sllmctl.doctor.tables import load_tables
 from tests.doctor.conftest import Doctor
 
@@ -147,3 +152,30 @@ def test_an_unknown_log_says_so(doctor: Doctor) -> None:
     done = doctor("--log", "-", text="all is well\n")
     assert done.exit_code == 0
     assert done.stdout == "No line of this log is a known one.\n"
+
+
+def test_a_line_without_an_end_takes_no_memory() -> None:
+    class Endless(io.StringIO):
+        asked: ClassVar[list[int]] = []
+
+        def readline(self, size: int | None = -1) -> str:
+            self.asked.append(-1 if size is None else size)
+            return "x" * LINE_CHARS if len(self.asked) < 100 else ""
+
+    assert [len(line) for line in lines_of(Endless())] == [LINE_CHARS]
+    assert set(Endless.asked) == {LINE_CHARS}
+
+
+def test_a_long_line_counts_as_one() -> None:
+    log = io.StringIO("x" * 3 * LINE_CHARS + "\n" + LINES["L32"] + "\n")
+    assert [match.line_number for match in read_log(lines_of(log), TABLES)] == [2]
+
+
+def test_a_pipe_may_carry_any_bytes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sllmctl", "doctor", "--log", "-", "--json", "--no-exec"],
+        input=b"\xff\xfe\0\n" + LINES["L32"].encode(), capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert [match["line_number"] for match in json.loads(done.stdout)["matches"]] == [2]
