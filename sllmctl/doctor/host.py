@@ -5,6 +5,7 @@ from __future__ import annotations
 import locale
 import os
 import platform
+import re
 import resource
 import socket
 import sys
@@ -75,7 +76,7 @@ class Host:
             encoding=locale.getpreferredencoding(False).lower(),
             memlock_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            env=dict(os.environ),
+            env=_environment(),
         )
 
     @classmethod
@@ -87,6 +88,18 @@ class Host:
             if key in values:
                 values[key] = tuple(values[key])
         return cls(**values)
+
+
+def _environment() -> dict[str, str]:
+    """The environment as a person has it: `sllmctl` sets one variable for itself."""
+    name = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    env = {key: value for key, value in os.environ.items() if key != name}
+    try:
+        with open("/proc/self/environ", "rb") as started:  # noqa: PTH123
+            found = re.search(rb"(?:^|\0)" + name.encode() + rb"=([^\0]*)", started.read())
+    except OSError:
+        found = None
+    return {**env, name: os.fsdecode(found[1])} if found else env
 
 
 def _cwd() -> str:

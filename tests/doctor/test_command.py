@@ -85,7 +85,8 @@ def test_a_wrong_command_line_is_exit_2(doctor: Doctor, arguments: list[str]) ->
 def test_strict_counts_warnings(doctor: Doctor, machine: Make) -> None:
     root = machine("a flood of logs")
     assert doctor("--root", root).exit_code == 0
-    assert doctor("--root", root, "--strict").exit_code == 3
+    strict = doctor("--root", root, "--strict", "--quiet")
+    assert (strict.exit_code, strict.stdout) == (3, "failed\n")
 
 
 def test_list_and_explain(doctor: Doctor) -> None:
@@ -201,3 +202,27 @@ def test_no_byte_of_the_environment_ends_the_command() -> None:
         assert done.returncode in (0, 3), done.stderr
         assert b"\x1b" not in done.stdout
         assert b"ENV010" in done.stdout
+
+
+@pytest.mark.parametrize(("value", "found"), [(None, "pass"), ("0", "info"), ("1", "pass")])
+def test_what_the_command_sets_for_itself_is_no_finding(value: str | None, found: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    if value is not None:
+        env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = value
+    done = subprocess.run(
+        [sys.executable, "-m", "sllmctl", "doctor", "--only", "ENV009", "--json"],
+        capture_output=True, env=env, check=True,
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    assert [c["status"] for c in document["checks"] if c["id"] == "ENV009"] == [found]
+    seen = {e["name"]: e["value"] for e in document["facts"]["environment"]}
+    assert seen.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == value
+
+
+def test_a_terminal_without_chinese_gets_english() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sllmctl", "doctor", "--explain", "ENV005", "--lang", "zh"],
+        capture_output=True, check=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert "LD_LIBRARY_PATH is clean" in done.stdout
