@@ -87,6 +87,7 @@ class Host:
         for key in ("groups", "sys_path"):
             if key in values:
                 values[key] = tuple(values[key])
+        values["env"] = {str(name): str(said) for name, said in values.get("env", {}).items()}
         return cls(**values)
 
 

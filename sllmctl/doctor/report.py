@@ -52,16 +52,18 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read or is none.
     """
+    hint = "write one there with `sllmctl doctor --json > FILE`"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        schema = document["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ConfigError(
-            f"`{path}` is no output of `sllmctl doctor --json`: {exc}",
-            hint="write one there with `sllmctl doctor --json > FILE`",
-        ) from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"`{path}` cannot be read as JSON: {exc}", hint=hint) from exc
+    schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise ConfigError(f"`{path}` is {schema}, not {SCHEMA}")
+        raise ConfigError(f"`{path}` is not {SCHEMA}, but {schema or 'something else'}", hint=hint)
+    try:
+        _flat(document)
+    except (AttributeError, KeyError, TypeError) as exc:
+        raise ConfigError(f"`{path}` is {SCHEMA}, but damaged", hint=hint) from exc
     return dict(document)
 
 

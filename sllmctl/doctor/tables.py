@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -119,8 +120,13 @@ def load_tables(path: Path | None = None) -> Tables:
         source = resources.files("sllmctl.doctor") / "tables.json"
         return Tables(json.loads(source.read_text(encoding="utf-8")))
     try:
-        return Tables(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        tables = Tables(json.loads(path.read_text(encoding="utf-8")))
+        for signature in tables.signatures:
+            re.compile(signature.pattern)
+        return tables
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, re.error
+    ) as exc:  # fmt: skip
         raise ConfigError(
             f"`{path}` holds no tables: {exc}", hint="start from sllmctl/doctor/tables.json"
         ) from exc

@@ -16,16 +16,26 @@ from typing import Any
 from sllmctl.doctor.host import Host
 from sllmctl.doctor.probe import RUN_TIMEOUT_S, Node, Probe, Ran, Space
 from sllmctl.doctor.store_answer import Answer
+from sllmctl.errors import ConfigError
 
 DESCRIPTION = "machine.json"
 
 
 class TreeProbe(Probe):
-    """A machine in a directory: files below ``root``, the rest in its `machine.json`."""
+    """A machine in a directory: files below ``root``, the rest in its `machine.json`.
+
+    Raises:
+        ConfigError: That file is damaged.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._description = _describe(root / DESCRIPTION)
-        super().__init__(Host.described(self._description.get("host", {})), os.path.realpath(root))
+        path = root / DESCRIPTION
+        try:
+            self._description = _describe(path)
+            host = Host.described(self._description.get("host", {}))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as exc:
+            raise ConfigError(f"`{path}` describes no machine: {exc}") from exc
+        super().__init__(host, os.path.realpath(root))
 
     def real(self, path: str) -> str | None:
         """Where the bytes lie, inside the root."""
@@ -151,7 +161,12 @@ def _describe(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return description if isinstance(description, dict) else {}
+    if not isinstance(description, dict):
+        raise TypeError("it is no object")
+    for name, value in description.items():
+        if not isinstance(value, list if name == "ports" else dict):
+            raise TypeError(f"`{name}` is no {'list' if name == 'ports' else 'object'}")
+    return description
 
 
 def _upwards(path: str) -> list[str]:

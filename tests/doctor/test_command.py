@@ -9,12 +9,14 @@ import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from sllmctl.doctor.check import CHECKS
 from sllmctl.doctor.document import SCHEMA
+from sllmctl.errors import ConfigError
 from tests.doctor.conftest import Doctor, update_golden
 
 Make = Callable[[str], Path]
@@ -226,3 +228,55 @@ def test_a_terminal_without_chinese_gets_english() -> None:
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert "LD_LIBRARY_PATH is clean" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "[" * 100_000, "\xff", '{"schema": ["x"]}', '{"schema": "sllmctl.doctor/9"}',
+        *(
+            f'{{"schema": "{SCHEMA}", {rest}}}'
+            for rest in (
+                '"host": [1]', '"facts": null', '"facts": {"cann": [1]}', '"checks": [{"id": 1}]',
+                '"facts": {"environment": [{}]}', '"facts": {"packages": []}', '"checks": 3',
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_any_file_may_be_given_to_compare(
+    doctor: Doctor, machine: Make, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(text.encode("latin-1"))
+    done = doctor("--root", machine("no Ascend at all"), "--compare", path)
+    assert isinstance(done.exception, ConfigError), done.exception
+    assert "sllmctl doctor --json" in (done.exception.hint or "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "[" * 100_000, '{"host": 3}', '{"host": {"sys_path": 5}}', '{"nodes": 3}',
+        '{"commands": []}', '{"ports": {}}', '{"host": {"env": []}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_machine_json_is_one_line(doctor: Doctor, tmp_path: Path, text: str) -> None:
+    (tmp_path / "machine.json").write_text(text)
+    done = doctor("--root", tmp_path)
+    assert isinstance(done.exception, ConfigError), done.exception
+    assert "describes no machine" in str(done.exception)
+
+
+@pytest.mark.parametrize("change", ["rows", "pattern"])
+def test_damaged_tables_are_one_line(doctor: Doctor, tmp_path: Path, change: str) -> None:
+    tables = json.loads((resources.files("sllmctl.doctor") / "tables.json").read_text())
+    if change == "rows":
+        tables["sgl_kernel_npu"]["rows"] = []
+    else:
+        tables["signatures"]["rows"][0][1] = "("
+    path = tmp_path / "tables.json"
+    path.write_text(json.dumps(tables))
+    done = doctor("--tables", path, "--list")
+    assert done.exit_code == 0  # nothing of it is needed
+    done = doctor("--tables", path, "--only", "ENV005")
+    assert isinstance(done.exception, ConfigError), done.exception
