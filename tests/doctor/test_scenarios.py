@@ -8,7 +8,10 @@ import pytest
 
 from sllmctl.doctor.check import CHECKS, Status
 from sllmctl.doctor.examine import examine
+from sllmctl.doctor.machine import Machine, Options
+from sllmctl.doctor.tree_probe import TreeProbe
 from tests.doctor.scenario import SCENARIOS, build, examined, findings
+from tests.doctor.tree import Tree, good
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -44,3 +47,36 @@ def test_rows_are_offered_where_parts_disagree_and_only_there() -> None:
         assert offered[name] == ["vllm-ascend 0.7.3.post1", "vllm-ascend 0.8.4rc2"]
     for name in ("healthy 8.1.RC1", "sllm-store on an untested CANN", "numpy 2 on CANN 8.1"):
         assert offered[name] == []
+
+
+def test_commands_to_copy_are_right_where_the_machine_is_odd(place: Path) -> None:
+    tree = good(Tree(place))
+    tree.env |= {
+        "ASCEND_VISIBLE_DEVICES": "0-2,4",
+        "http_proxy": "http://p:3128",
+        "no_proxy": "a;b,$(c)",
+    }
+    tree.more["ports"] = [8000]
+    probe = TreeProbe(tree.write())
+
+    def fix(name: str, **options: str) -> str:
+        done = examine(Machine(probe, Options(**options)), only=[name])  # type: ignore[arg-type]
+        return next(o.finding.fix for o in done.outcomes if o.check.id == name)
+
+    assert fix("CTR002") == "export ASCEND_RT_VISIBLE_DEVICES=0,1,2,4"
+    value = "'a;b,$(c),localhost,127.0.0.1,::1'"
+    assert fix("NET001") == f"export no_proxy={value} NO_PROXY={value}"
+    for url, right in (
+        ("localhost/v1", "http://localhost:8000/v1"),
+        ("http://localhost:80/v1", "http://localhost:8000/v1"),
+        ("http://u:p@[::1]:3000/v1", "http://u:p@[::1]:8000/v1"),
+    ):
+        assert fix("SRV001", base_url=url) == f"export OPENAI_BASE_URL={right}"
+    tree.env["ASCEND_RT_VISIBLE_DEVICES"] = "none"
+    probe = TreeProbe(tree.write())
+    assert fix("ENV006") == "export ASCEND_RT_VISIBLE_DEVICES=0"
+    for number in range(8):
+        del tree.nodes[f"/dev/davinci{number}"]
+    tree.command("npu-smi info", code=127)
+    probe = TreeProbe(tree.write())
+    assert fix("ENV006") == "unset ASCEND_RT_VISIBLE_DEVICES"

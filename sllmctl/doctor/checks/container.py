@@ -19,6 +19,7 @@ from sllmctl.doctor.check import (
     warn,
 )
 from sllmctl.doctor.checks.driver import SHARED_NODES
+from sllmctl.doctor.checks.environment import card_ids
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import release
 
@@ -82,7 +83,7 @@ def variable(m: Machine) -> Finding:
         return warn(
             say("ASCEND_VISIBLE_DEVICES has no effect here"),
             env("ASCEND_VISIBLE_DEVICES", value),
-            fix=f"export ASCEND_RT_VISIBLE_DEVICES={value}",
+            fix=f"export ASCEND_RT_VISIBLE_DEVICES={','.join(map(str, card_ids(value)))}",
         )
     return ok(say("cards are chosen by the right variable, or not at all"))
 

@@ -83,21 +83,23 @@ def sourced(m: Machine) -> Finding:
     "ENV002",
     title="all variables lead to one CANN",
     why="libraries of one version with operators of another fail far from the cause",
-    looks_at="ASCEND_HOME_PATH, ASCEND_TOOLKIT_HOME, ASCEND_OPP_PATH, and the first CANN in "
-    "LD_LIBRARY_PATH and PYTHONPATH, links followed",
+    looks_at="ASCEND_HOME_PATH, ASCEND_TOOLKIT_HOME, ASCEND_OPP_PATH, ASCEND_AICPU_PATH, and the "
+    "first CANN in LD_LIBRARY_PATH and PYTHONPATH, links followed",
     needs=("ENV001",),
 )
 def one_root(m: Machine) -> Finding:
     roots: dict[str, str] = {}
-    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH"):
+    versions = {root.path: cann_base(root.version) for root in m.cann_roots}
+    for name in (
+        "ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH", "ASCEND_AICPU_PATH",
+    ):  # fmt: skip
         if (value := m.env.get(name)) and (root := m.cann_of(value)):
             roots[name] = root
     for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
-        for entry in m.env.get(name, "").split(":"):
-            if not STUB.search(entry) and (root := m.cann_of(entry)):
-                roots[name] = root
-                break
-    versions = {root.path: cann_base(root.version) for root in m.cann_roots}
+        # Any folder may be called `cann`; one without a CANN in it gives nothing away.
+        found = (m.cann_of(e) for e in m.env.get(name, "").split(":") if not STUB.search(e))
+        if root := next((root for root in found if root in versions), None):
+            roots[name] = root
     named = {name: versions.get(root, root) for name, root in roots.items()}
     if len(set(named.values())) < 2:
         return ok(say("all variables lead to one CANN"))
@@ -191,7 +193,7 @@ def library_path(m: Machine) -> Finding:
     if missing or twice:
         found.append(
             info(
-                say("LD_LIBRARY_PATH: {missing} entries lead nowhere, {twice} are there twice",
+                say("LD_LIBRARY_PATH: entries that lead nowhere: {missing}, that repeat: {twice}",
                     missing=len(missing), twice=twice),
                 *(env("LD_LIBRARY_PATH", entry) for entry in missing[:4]),
             )
@@ -215,9 +217,9 @@ def visible_devices(m: Machine) -> Finding:
     if value == "":
         return info(say("{name} is empty: no card is visible", name=name), *seen)
     count = max(len(m.cards), len(m.smi.cards))
-    wanted = sorted({int(n) for n in re.findall(r"\d{1,4}", _spread(value))})
+    wanted = card_ids(value)
     good = [n for n in wanted if not count or n < count] or ([0] if count else wanted)
-    fix = f"export {name}={','.join(map(str, good))}"
+    fix = f"export {name}={','.join(map(str, good))}" if good else f"unset {name}"
     if not _IDS.fullmatch(value):
         return fail(
             say("{name} must be numbers and commas: {value}", name=name, value=repr(value)),
@@ -239,13 +241,14 @@ def visible_devices(m: Machine) -> Finding:
     return ok(say("{name} is {value}", name=name, value=value), *seen)
 
 
-def _spread(value: str) -> str:
-    """Ranges as lists, so that a correction can be offered: `0-3` is `0,1,2,3`."""
-    return re.sub(
+def card_ids(value: str) -> list[int]:
+    """The cards that a value means, so that a correction can be offered: `0-3` is 0, 1, 2, 3."""
+    spread = re.sub(
         r"(\d{1,3})\s*-\s*(\d{1,3})",
         lambda match: ",".join(str(n) for n in range(int(match[1]), int(match[2]) + 1)),
         value,
     )
+    return sorted({int(n) for n in re.findall(r"\d{1,4}", spread)})
 
 
 @check(

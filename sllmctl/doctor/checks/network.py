@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from sllmctl.doctor.check import (
     Evidence,
@@ -31,7 +32,7 @@ def bypass(m: Machine) -> str:
     """The export that keeps loopback off the proxy, with what is listed already."""
     old = m.env.get("no_proxy") or m.env.get("NO_PROXY") or ""
     entries = [e.strip() for e in old.split(",") if e.strip() and e.strip() != "*"]
-    value = ",".join(dict.fromkeys([*entries, "localhost", "127.0.0.1", "::1"]))
+    value = shlex.quote(",".join(dict.fromkeys([*entries, "localhost", "127.0.0.1", "::1"])))
     return f"export no_proxy={value} NO_PROXY={value}"
 
 

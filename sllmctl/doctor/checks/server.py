@@ -45,7 +45,10 @@ def listens(m: Machine) -> Finding:
         return ok(say("port {port} answers", port=port), cmd(url, "connected"))
     other = [p for p in _USUAL if p != port and m.probe.connects(host, p)]
     if other:
-        right = url.replace(f":{port}", f":{other[0]}", 1)
+        parts = urllib.parse.urlsplit(url)
+        user, at, _ = parts.netloc.rpartition("@")
+        name = f"[{host}]" if ":" in host else host
+        right = parts._replace(netloc=f"{user}{at}{name}:{other[0]}").geturl()
         return fail(
             say("nothing listens on port {port}, but something does on {other}",
                 port=port, other=other[0]),
