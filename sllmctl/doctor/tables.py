@@ -9,7 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sllmctl.doctor.versions import cann_base, driver_key, public, release, starts_with
+from sllmctl.doctor.versions import (
+    Key,
+    cann_base,
+    cann_key,
+    driver_key,
+    public,
+    release,
+    starts_with,
+)
 from sllmctl.errors import ConfigError
 
 
@@ -60,6 +68,7 @@ class Tables:
     def __init__(self, document: dict[str, Any]) -> None:
         self.date: str = document["date"]
         self.torch_npu = [TorchNpuRow(*row) for row in document["torch_npu"]["rows"]]
+        self.newest_cann: Key = max(filter(None, (cann_key(r.cann) for r in self.torch_npu)))
         self.vllm_ascend = [_vllm_row(row) for row in document["vllm_ascend"]["rows"]]
         self.driver = [
             DriverRow(*(tuple(cell.split()) for cell in row)) for row in document["driver"]["rows"]
@@ -98,6 +107,11 @@ class Tables:
             if here and release(first)[:3] <= here[:3] <= release(last)[:3]:
                 return version
         return ""
+
+    def may_know(self, cann: str) -> bool:
+        """Whether a CANN is of the time of the tables: none to come, and no internal one."""
+        key = cann_key(cann)
+        return key is not None and key <= self.newest_cann
 
     def for_cann_driver(self, cann: str) -> DriverRow | None:
         """What a CANN accepts as its driver, or None."""

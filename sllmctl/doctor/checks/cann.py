@@ -127,10 +127,8 @@ def tested(m: Machine) -> Finding:
             return info(say("CANN {version}; {wanted} is the tested one for what is installed",
                             version=version, wanted=wanted), seen)  # fmt: skip
         return ok(say("CANN {version} is a tested one", version=version), seen)
-    newest = max(filter(None, (cann_key(row.cann) for row in m.tables.torch_npu)))
-    here = cann_key(version)
     # What no table knows yet is no fault of the machine.
-    return (info if here is None or here > newest else warn)(
+    return (warn if m.tables.may_know(version) else info)(
         say("sllm-store was not tested with CANN {version} but with {wanted}",
             version=version, wanted=wanted),
         seen,

@@ -133,7 +133,7 @@ def torch_npu_for_cann(m: Machine) -> Finding:
     if row.cann == cann:
         return ok(say("torch_npu {npu} is that of CANN {cann}", npu=npu, cann=cann), *seen)
     here, there = cann_key(cann), cann_key(row.cann)
-    if here is None or there is None or here > max(_known(m)):
+    if here is None or there is None or not m.tables.may_know(cann):
         return info(
             say("the tables ({date}) do not know CANN {cann}", date=m.tables.date, cann=cann), *seen
         )
@@ -158,10 +158,6 @@ def torch_npu_for_cann(m: Machine) -> Finding:
         *seen,
         fix=fix, advice=advice,
     )  # fmt: skip
-
-
-def _known(m: Machine) -> list[tuple[int, ...]]:
-    return [key for row in m.tables.torch_npu if (key := cann_key(row.cann))]
 
 
 @check(

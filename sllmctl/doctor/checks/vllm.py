@@ -24,8 +24,13 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, cann_key, public, release
 
 # Names that images and packages are built for; the first word that is in a text counts.
-_SOC = (("910_93", "A3"), ("-a3-", "A3"), ("910b", "A2"))
-_DEVICE = re.compile(r"__device_type__\s*=\s*['\"]_?(\w+)['\"]")
+_SOC = (("910_93", "A3"), ("-a3-", "A3"), ("910b", "A2"), ("310p", "310P"), ("950", "A5"))
+# A generation, and the SOC_VERSION that builds for it.
+_SOC_VERSION = {
+    "A2": "ascend910b1", "A3": "ascend910_9391", "310P": "ascend310p1", "A5": "ascend950dt_9582",
+}  # fmt: skip
+# Older releases wrote the chip (ASCEND910B1), newer ones its generation (A2, _310P).
+_DEVICE = re.compile(r"__(?:device_type|soc_version)__\s*=\s*['\"]_?(\w+)['\"]")
 # What the patches of sllm-store put into vLLM 0.7: file to token, relative to site-packages.
 _SAVE = "save_serverless_llm_state"
 PATCHED = {
@@ -104,7 +109,7 @@ def row(m: Machine) -> Finding:
         here, there = cann_key(cann), cann_key(known.cann)
         close = here and there and here[:3] == there[:3]
         found.append(
-            (info if close else fail)(
+            (info if close or not m.tables.may_know(cann) else fail)(
                 say("vllm-ascend {ascend} was tested with CANN {wanted}, here is {cann}",
                     ascend=ascend, wanted=known.cann, cann=cann),
                 file(m.cann.source, m.cann.version),
@@ -159,7 +164,7 @@ def plugin(m: Machine) -> Finding:
     title="the native part of vllm-ascend is here, for this chip",
     why="a build without it, or for another generation, fails at the first operator",
     looks_at="*_C*.so, libvllm_ascend_kernels.so and _cann_ops_custom in the package, and "
-    "__device_type__ in _build_info.py",
+    "__device_type__ or __soc_version__ in _build_info.py",
     profiles="vllm",
     needs=("VLLM001",),
 )
@@ -167,14 +172,18 @@ def native(m: Machine) -> Finding:
     package = m.dists.package("vllm-ascend", "vllm_ascend")
     if package is None:
         return skip(say("the package vllm_ascend was not found"))
-    fix = "SOC_VERSION=<chip> pip install --no-build-isolation -e .  # in the source of vllm-ascend"
+    soc = _SOC_VERSION.get(m.generation, "<chip>")
+    fix = f"SOC_VERSION={soc} pip install --no-build-isolation -e .  # in the source of vllm-ascend"
     text = m.probe.read_text(f"{package}/_build_info.py") or ""
     match = _DEVICE.search(text)
-    if match and m.generation and match[1] not in (m.generation, f"{m.generation}_"):
+    named = match[1] if match else ""
+    plain = named if named in _SOC_VERSION else ""
+    built = next((kind for word, kind in _SOC if word in named.lower()), plain)
+    if built and m.generation and built != m.generation:
         return fail(
             say("vllm-ascend was built for {built}, the cards are {here}",
-                built=match[1], here=m.generation),
-            file(f"{package}/_build_info.py", match[1]),
+                built=built, here=m.generation),
+            file(f"{package}/_build_info.py", named),
             fix=fix,
         )  # fmt: skip
     parts = [
