@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from sllmctl.doctor.probe import Probe
 from sllmctl.doctor.versions import cann_key
 
 BASE = "/usr/local/Ascend"
+VALUE_CHARS = 1000  # more than any version has: what is longer is damage
 _ROOT = re.compile(r"^(.*/(?:ascend-toolkit|nnae|nnrt)/[^/]+|.*/cann(?:-[^/]+)?)(?=/|$)")
 # Components of CANN before 9 have numbers of their own in Version: 7.6.0.1.220, 8.2.0.0.201.
 _PLAIN = re.compile(r"^(9|\d\d)\.\d+\.(RC)?\d+$")
@@ -38,7 +40,7 @@ def key_values(text: str | None) -> dict[str, str]:
     for line in (text or "").splitlines():
         key, mark, value = line.partition("=")
         if mark and key.strip() and not key.lstrip().startswith("#"):
-            found.setdefault(key.strip(), value.strip().strip('"'))
+            found.setdefault(key.strip(), value.strip(' \t"\0')[:VALUE_CHARS])
     return found
 
 
@@ -63,9 +65,8 @@ def find_roots(probe: Probe) -> list[CannRoot]:
         bases.append(key_values(probe.read_text(info)).get("Install_Path", ""))
     for base in filter(None, bases):
         candidates += [f"{base}/cann", f"{base}/ascend-toolkit/latest"]
-        candidates += probe.glob(f"{base}/cann-*")
-        for kind in ("ascend-toolkit", "nnae", "nnrt"):
-            candidates += probe.glob(f"{base}/{kind}/*[0-9]*")
+        for kind in ("cann-*", "ascend-toolkit/*[0-9]*", "nnae/*[0-9]*", "nnrt/*[0-9]*"):
+            candidates += sorted(probe.glob(f"{base}/{kind}"), key=_newness, reverse=True)
     roots: dict[str, CannRoot] = {}
     for candidate in candidates:
         if not candidate.startswith("/") or not probe.is_dir(candidate):
@@ -74,6 +75,10 @@ def find_roots(probe: Probe) -> list[CannRoot]:
         if path not in roots and (root := read_root(probe, path)):
             roots[path] = root
     return list(roots.values())
+
+
+def _newness(path: str) -> tuple[int, ...]:
+    return cann_key(posixpath.basename(path).removeprefix("cann-")) or ()
 
 
 def root_path(probe: Probe, path: str) -> str:
@@ -121,8 +126,13 @@ def versions_of(probe: Probe, path: str) -> list[tuple[str, str]]:
         elif _PLAIN.match(values.get("Version", "")):
             said.append((name, values["Version"]))
     name = posixpath.basename(path).removeprefix("cann-")
-    complete = probe.is_dir(f"{path}/opp") or probe.is_dir(f"{path}/lib64")
-    if not said and cann_key(name) and complete:
+    # One that is closed to this user is named by its folder alone.
+    there = (
+        probe.is_dir(f"{path}/opp")
+        or probe.is_dir(f"{path}/lib64")
+        or not probe.may(path, os.R_OK | os.X_OK)
+    )
+    if not said and cann_key(name) and there:
         said.append((path, name))
     return said
 

@@ -156,9 +156,11 @@ class Machine:
 
     @cached_property
     def shut_out(self) -> str:
-        """/usr/local/Ascend where it is there, and this user may not look into it; else ""."""
-        open_ = not self.probe.is_dir(BASE) or self.probe.may(BASE, os.R_OK | os.X_OK)
-        return "" if open_ else BASE
+        """The directory of Ascend that is there, and closed to this user; "" if none is."""
+        for path in (BASE, f"{BASE}/ascend-toolkit"):
+            if self.probe.is_dir(path) and not self.probe.may(path, os.R_OK | os.X_OK):
+                return path
+        return ""
 
     @cached_property
     def generation(self) -> str:

@@ -28,7 +28,8 @@ _HEALTH = {
     "DRV009",
     title="npu-smi answers, and the cards are healthy",
     why="a card in Alarm or Critical fails in the middle of a load",
-    looks_at="`npu-smi info` (10 s at most): the table and its Health column",
+    looks_at="`npu-smi info` (10 s at most): the table, its Health column, and its rows against "
+    "/dev/davinci*",
     level=1,
     needs=("DRV003", "DRV010"),
 )
@@ -71,6 +72,15 @@ def smi_healthy(m: Machine) -> Finding:
                 )
             )
     count = len(m.smi.cards)
+    if m.cards and count != len(m.cards):
+        found.append(
+            info(
+                say("npu-smi lists {count} chips, /dev has {nodes}",
+                    count=count, nodes=len(m.cards)),
+                cmd("npu-smi info", f"{count} chips"),
+                file("/dev", f"davinci{','.join(map(str, m.cards))}"),
+            )
+        )  # fmt: skip
     return worst(
         found,
         ok(say("{count} chips, all healthy", count=count), cmd("npu-smi info", m.smi.version)),

@@ -74,7 +74,7 @@ def _turns(m: Machine, number: str) -> bool:
 def room(m: Machine) -> Finding:
     path = storage(m)
     space = m.probe.space(path) if path else None
-    if path is None or space is None:
+    if path is None or space is None or not space.total_bytes:
         return skip(say("how much room is left is not known"))
     seen = limit(path, f"{space.free_bytes} of {space.total_bytes} bytes free")
     need = m.model_bytes
