@@ -70,7 +70,7 @@ class Host:
             sys_path=tuple(p or _cwd() for p in sys.path),
             user_site=_user_site(),
             home=os.path.expanduser("~"),  # noqa: PTH111
-            user=os.environ.get("USER", ""),
+            user=_user(),
             name=socket.gethostname(),
             cwd=_cwd(),
             encoding=locale.getpreferredencoding(False).lower(),
@@ -108,6 +108,15 @@ def _cwd() -> str:
         return os.getcwd()  # noqa: PTH109
     except OSError:  # the directory is gone
         return "/"
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as in containers
+        return ""
 
 
 def _user_site() -> str:

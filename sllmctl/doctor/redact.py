@@ -10,25 +10,32 @@ from typing import Any
 
 from sllmctl.doctor.host import Host
 
-SECRET_NAME = re.compile(
-    r"token|secret|passw|pwd|api[_-]?key|access[_-]?key|private[_-]?key|credential|cookie|auth",
-    re.IGNORECASE,
+_NAMES = (
+    r"token|secret|passw|pwd|api[_-]?key|access[_-]?key|private[_-]?key|credential|cookie"
+    r"|authorization"
 )
+_VALUE = r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s&;,'\"]+)"
+SECRET_NAME = re.compile(rf"{_NAMES}|auth", re.IGNORECASE)
 _SECRETS: list[tuple[re.Pattern[str], str]] = [
     # A URL's user and password; all up to the last @, since passwords hold what they like.
-    (re.compile(r"://[^\s,;'\"<>]{0,1024}@"), "://***@"),
-    (re.compile(r"(?<![\w/@.])[\w.%+-]{1,64}:[^\s@/,;]{1,128}@(?=[\w.-]+)"), "***@"),
+    (re.compile(r"://\S{0,1024}@"), "://***@"),
+    (re.compile(r"(?<![\w/@.])[\w.%+-]{1,64}:\S{1,128}@(?=[\w.-]+)"), "***@"),
     (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|npm_|pypi-|xox[abprs]-)[\w-]{6,}"), "***"),
     (re.compile(r"\b(?:sk|ms|dop_v1|rk|pk)-[A-Za-z0-9_-]{8,}"), "***"),
-    (re.compile(r"\b(?:AKIA|ASIA|LTAI)[0-9A-Za-z]{12,}"), "***"),
+    (re.compile(r"\b(?:AKIA|ASIA|LTAI|AIza)[\w-]{12,}"), "***"),
     (re.compile(r"\beyJ[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*)?"), "***"),
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE), r"\1 ***"),
+    # A header's value has words, and quotes: all that follows it.
+    (re.compile(r"((?:authorization|cookie)['\"]?\s{0,8}[=:]\s{0,8})\S.*", re.I), r"\1***"),
+    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.I), r"\1 ***"),
+    (re.compile(r"([?&](?:sig|[\w-]{0,64}signature)=)[^\s&]+", re.I), r"\1***"),
+    # NAME=value and "name": value, then --name value.
+    (
+        re.compile(rf"((?:{_NAMES})[\w-]{{0,64}}['\"]?\s{{0,8}}[=:]\s{{0,8}}){_VALUE}", re.I),
+        r"\1***",
+    ),
     (
         re.compile(
-            r"((?:token|secret|passw|pwd|api[_-]?key|access[_-]?key|private[_-]?key"
-            r"|credential|cookie|authorization)[\w-]{0,64}['\"]?\s{0,8}[=:]\s{0,8})"
-            r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s&;,'\"]+)",
-            re.IGNORECASE,
+            rf"(--[\w-]{{0,64}}(?:{_NAMES})(?:or)?[ds]?(?:-[\w-]{{0,64}})?\s{{1,8}}){_VALUE}", re.I
         ),
         r"\1***",
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,8 +106,43 @@ def test_a_report_keeps_what_helps() -> None:
     assert redact("de:ad:be:ef:00:01") == "<id>"
 
 
-@pytest.mark.parametrize("word", ["a", ":", "1:", "://", "token", "eyJ", "a.", "-"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://u:p,s3cr3t@h:1", "http://u:p;s3cr3t@h:1", "http://u:p's3cr3t@h:1",
+        'http://u:p"s3cr3t@h:1', "u:p/s3cr3t@proxy:8080", "u:p,s3cr3t@proxy:8080",
+        "--api-key s3cr3t --port 1", "--password 's3cr3t x'", "vllm serve --hf-token=s3cr3t",
+        "Authorization: Token s3cr3t", "-H 'Authorization: Digest a=\"b\", s3cr3t'",
+        "Cookie: a=b; s3cr3t=c", "https://h/?X-Amz-Signature=s3cr3t&a=1", "https://h/?sig=s3cr3t",
+        "AIzas3cr3t9tSrke72PouQMnMX",
+    ],
+)  # fmt: skip
+def test_secrets_of_every_form_are_hidden(text: str) -> None:
+    assert "s3cr3t" not in Redactor(Host())(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the token expired", "npu:0 at 127.0.0.1:8073", "http://localhost:8000/v1/models",
+        "--tokenizer ./t", "symbol: _ZN3atb15CreateOperationE@LIBATB", "hidden_size: 4096",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_is_kept(text: str) -> None:
+    assert Redactor(Host())(text) == text
+
+
+@pytest.mark.parametrize(
+    "word", ["--token ", "a:b", "a", ":", "1:", "://", "token", "eyJ", "a.", "-"]
+)
 def test_a_very_long_value_is_read_in_one_go(word: str) -> None:
     """Steps that grow with the square of the length would take minutes here."""
     text = word * ((1 << 17) // len(word))
     assert "s3cr3t" not in Redactor(Host())(text + " token=s3cr3t")
+
+
+def test_a_user_is_known_by_number_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service has no USER: its name must not stand in a report for all that."""
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert Host.here().user == pwd.getpwuid(os.getuid()).pw_name
