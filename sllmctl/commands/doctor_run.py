@@ -14,7 +14,8 @@ from typing import Any
 import typer
 
 from sllmctl.console import Console
-from sllmctl.core.units import parse_size
+from sllmctl.core.host import available_memory_bytes
+from sllmctl.core.units import parse_share, parse_size
 from sllmctl.doctor.check import CHECKS, PROFILES, Status
 from sllmctl.doctor.document import document
 from sllmctl.doctor.examine import Examination, examine, matching
@@ -83,7 +84,8 @@ def run(
             deep=deep,
             model=model,
             storage_path=storage_path,
-            pool_bytes=parse_size(mem_pool_size) if mem_pool_size else None,
+            pool_bytes=_pool_bytes(mem_pool_size, root),
+            pool_text=mem_pool_size,
             base_url=base_url,
             served_model=served_model,
             source=source,
@@ -110,6 +112,12 @@ def run(
         console.result(whole, quiet=VERDICTS[code], human=lines(done, view))
     if code:
         raise typer.Exit(code)
+
+
+def _pool_bytes(text: str, root: Path | None) -> int | None:
+    if "%" in text:
+        return parse_share(text, available_memory_bytes(root or Path("/")))
+    return parse_size(text) if text else None
 
 
 def _explain_log(name: str, machine: Machine, console: Console, view: View) -> None:

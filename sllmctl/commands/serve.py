@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from sllmctl.commands.options import Socket, StoragePath
-from sllmctl.core.units import format_size, parse_size
+from sllmctl.core.units import format_size, parse_share, parse_size
 from sllmctl.errors import ConfigError
 
 DEFAULT_FRACTION = 0.25
@@ -161,14 +161,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _pool_bytes(text: str | None, available: int) -> int:
-    if text is None:
-        return int(available * DEFAULT_FRACTION)
-    if text.strip().endswith("%"):
-        number = text.strip()[:-1]
-        if not number.replace(".", "", 1).isdigit() or not 0 < float(number) <= 100:
-            raise ConfigError(f"`{text}` is no part of the memory", hint="write it like 50%")
-        return int(available * float(number) / 100)
-    return parse_size(text)
+    return int(available * DEFAULT_FRACTION) if text is None else parse_share(text, available)
 
 
 def _group_id(name: str | None) -> int | None:

@@ -32,6 +32,20 @@ def parse_size(text: str) -> int:
     return math.floor(value)
 
 
+def parse_share(text: str, whole_bytes: int) -> int:
+    """Read a size, or a part of a whole such as ``50%``, in bytes.
+
+    Raises:
+        ConfigError: The text is neither.
+    """
+    if not text.strip().endswith("%"):
+        return parse_size(text)
+    number = text.strip()[:-1]
+    if not number.replace(".", "", 1).isdigit() or not 0 < float(number) <= 100:
+        raise ConfigError(f"`{text}` is no part of the memory", hint="write it like 50%")
+    return int(whole_bytes * float(number) / 100)
+
+
 def format_size(size_bytes: float) -> str:
     """Write a number of bytes with three significant digits: ``1.19 GB``."""
     value = float(size_bytes)

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from sllmctl.core.config import looks_like_path
 from sllmctl.doctor.ascend_dmi import parse_ascend_dmi
 from sllmctl.doctor.cann_files import (
     BASE,
@@ -41,6 +42,7 @@ class Options:
         deep: Whether devices may be touched, in children.
         source: A source tree that is to be built.
         pool_bytes: Size of the memory pool that is to be, or None.
+        pool_text: The same as it was written: sllm-store reads `4GB` as 4 GiB.
         model: A model that is to be served: a path or a hub name.
     """
 
@@ -51,6 +53,7 @@ class Options:
     model: str = ""
     storage_path: str = ""
     pool_bytes: int | None = None
+    pool_text: str = ""
     base_url: str = ""
     served_model: str = ""
     source: str = ""
@@ -245,10 +248,32 @@ class Machine:
         return int(match[1]) if match else None
 
     @cached_property
+    def storage_path(self) -> str:
+        """Where checkpoints are to live, there or not."""
+        given = (
+            self.options.storage_path
+            or self.env.get("SLLMCTL_STORAGE_PATH")
+            or self.env.get("STORAGE_PATH")
+            or "models"
+        )
+        return posixpath.join(self.probe.host.cwd, given)
+
+    @cached_property
+    def model_path(self) -> str:
+        """The directory that ``options.model`` means to `load`; "" where there is none."""
+        model, cwd = self.options.model, self.probe.host.cwd
+        if model == "~" or model.startswith("~/"):
+            model = self.probe.host.home + model[1:]
+        places = [posixpath.join(cwd, model)] if model else []
+        if model and not looks_like_path(model):
+            places.insert(0, posixpath.join(self.storage_path, model))
+        return next((posixpath.normpath(p) for p in places if self.probe.is_dir(p)), "")
+
+    @cached_property
     def model_bytes(self) -> int:
         """Bytes of the shards of ``options.model``, where that is a directory; else 0."""
-        path = self.options.model
-        if not path or not self.probe.is_dir(path):
+        path = self.model_path
+        if not path:
             return 0
         names = [n for n in self.probe.listdir(path) if n.endswith((".safetensors", ".bin"))]
         nodes = [self.probe.stat(f"{path}/{name}") for name in names]

@@ -108,6 +108,28 @@ def no_model(t: Tree) -> None:
     pass
 
 
+@scenario("a file in place of a model's directory", {"HUB003": "fail"}, says="is a file",
+          options=Options(model="/data/x.safetensors"))  # fmt: skip
+def model_file(t: Tree) -> None:
+    t.file("data/x.safetensors")
+
+
+@scenario(
+    "a model by its name, with a shard missing",
+    {"HUB003": "fail"},
+    says="1 of 1",
+    options=Options(model="Qwen/Qwen3-8B", storage_path="/data/models"),
+)
+def model_name(t: Tree) -> None:
+    t.file(f"{MODEL}/config.json", "{}")
+    t.file(f"{MODEL}/model.safetensors.index.json", '{"weight_map": {"a": "a.safetensors"}}')
+
+
+@scenario("a model below the home directory", options=Options(model="~/models/m"))
+def model_home(t: Tree) -> None:
+    t.file("root/models/m/config.json", "{}")
+
+
 @scenario("a small /dev/shm", {"MEM003": "fail"})
 def small_shm(t: Tree) -> None:
     t.more["space"]["/dev/shm"] = [64 << 20, 64 << 20, 0, 0]

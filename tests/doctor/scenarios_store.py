@@ -140,6 +140,26 @@ def good_pool(t: Tree) -> None:
 
 
 @scenario(
+    "4GB, which sllm-store reads as 4 GiB",
+    base=with_store,
+    options=Options(pool_bytes=4 * 10**9, pool_text="4GB"),
+)
+def binary_units(t: Tree) -> None:
+    pass
+
+
+@scenario(
+    "a size that sllm-store cannot read",
+    {"STORE006": "info"},
+    base=with_store,
+    says="4GiB",
+    options=Options(pool_bytes=4 << 30, pool_text="4GiB"),
+)
+def other_units(t: Tree) -> None:
+    pass
+
+
+@scenario(
     "safetensors given to sllm-store",
     {"STORE007": "fail"},
     base=with_store,

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
+from sllmctl.core.units import (
+    format_rate,
+    format_seconds,
+    format_size,
+    parse_share,
+    parse_size,
+)
 from sllmctl.errors import ConfigError, SllmError
 
 
@@ -61,3 +67,10 @@ def test_durations_read_as_people_say_them(elapsed_s: float, text: str) -> None:
 def test_a_rate_without_time_is_a_dash() -> None:
     assert format_rate(10, 0) == "-"
     assert format_rate(3e9, 2) == "1.5 GB/s"
+
+
+def test_a_share_is_a_size_or_a_part() -> None:
+    assert parse_share("50%", 1000) == parse_share(" 500 ", 1000) == 500
+    for text in ("0%", "101%", "%", "-1%", "nan%"):
+        with pytest.raises(ConfigError, match="no part of the memory"):
+            parse_share(text, 1000)

@@ -30,13 +30,7 @@ _MEMORY = ("tmpfs", "ramfs")
 
 def storage(m: Machine) -> str | None:
     """The storage path, or the nearest directory above it that is there."""
-    given = (
-        m.options.storage_path
-        or m.env.get("SLLMCTL_STORAGE_PATH")
-        or m.env.get("STORAGE_PATH")
-        or "models"
-    )
-    return m.nearest(given)
+    return m.nearest(m.storage_path)
 
 
 def mount_of(m: Machine, path: str) -> tuple[str, str]:

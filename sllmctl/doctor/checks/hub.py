@@ -76,7 +76,7 @@ def offline(m: Machine) -> Finding:
             file(place, "no write access"),
             fix="export HF_HOME=/a/directory/of/yours",
         )
-    if not on or not _is_id(model) or m.probe.is_dir(model):
+    if not on or not _is_id(model) or m.model_path:
         return ok(say("nothing is asked of a hub that is switched off"))
     path = f"{cache}/models--{model.replace('/', '--')}"
     if m.probe.listdir(f"{path}/snapshots"):
@@ -93,16 +93,17 @@ def offline(m: Machine) -> Finding:
     "HUB003",
     title="the model's directory is there and whole",
     why="a relative path that does not exist is taken for a hub name",
-    looks_at="--model: the path, config.json, every shard of the index, and files that are only "
-    "pointers of git-lfs",
+    looks_at="--model: the path, or the name below the storage path; config.json, every shard of "
+    "the index, and files that are only pointers of git-lfs",
     profiles="base convert",
 )
 def model_path(m: Machine) -> Finding:
     model = m.options.model
     if not model:
         return skip(say("--model was not given"))
-    path = model if model.startswith("/") else posixpath.join(m.probe.host.cwd, model)
-    if not m.probe.is_dir(path):
+    path = m.model_path
+    if not path:
+        path = posixpath.join(m.probe.host.cwd, model)
         elsewhere = posixpath.join(m.probe.host.home, model)
         if not model.startswith(("/", "~")) and m.probe.is_dir(elsewhere):
             return warn(
@@ -110,6 +111,12 @@ def model_path(m: Machine) -> Finding:
                 file(path, "missing"),
                 file(elsewhere, "there"),
                 fix=f"export MODEL_PATH={elsewhere}  # give the absolute path",
+            )
+        if m.probe.exists(path):
+            return fail(
+                say("{path} is a file, not the directory of a model", path=path),
+                file(path),
+                advice=say("give the directory that the file lies in"),
             )
         if _is_id(model):
             return ok(say("{model} is a hub name", model=model))

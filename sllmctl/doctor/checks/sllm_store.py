@@ -28,6 +28,10 @@ from sllmctl.doctor.machine import Machine
 DIST, MODULE = "serverless-llm-store", "sllm_store"
 PORT = 8073
 CHUNK_BYTES = 32 << 20
+# The sizes that its command line reads: whole numbers, 1 KB = 2^10.
+# Source: the size parser in its utils.py.
+_SIZE = re.compile(r"([1-9][0-9]{0,17})(B|KB|MB|GB|TB|PB|EB|ZB|YB)", re.ASCII)
+_UNITS = ("B", "KB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB")
 _BESIDE = ("no_split_modules.json", "tied_no_split_modules.json")
 _TORCH = re.compile(r"^torch\s*==\s*([\w.]+)", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"(/[\w./-]*/envs/[\w.-]+)")
@@ -269,6 +273,16 @@ def pool(m: Machine) -> Finding:
     size = m.options.pool_bytes
     if size is None:
         return skip(say("--mem-pool-size was not given"))
+    text = m.options.pool_text
+    if read := _SIZE.fullmatch(text):
+        size = int(read[1]) << 10 * _UNITS.index(read[2])
+    elif text:
+        return info(
+            say("sllm-store cannot read the size {text}", text=text),
+            limit("--mem-pool-size", text),
+            fix=f"sllm-store start --mem-pool-size {max(1, size >> 30)}GB",
+            advice=say("it reads whole numbers with B, KB, MB, GB or TB, and GB as 2^30 bytes"),
+        )
     need = m.model_bytes
     if need > size:
         chunks = -(-need // CHUNK_BYTES) * CHUNK_BYTES
@@ -296,8 +310,8 @@ def pool(m: Machine) -> Finding:
     profiles="store",
 )
 def files(m: Machine) -> Finding:
-    path = m.options.model
-    if not path or not m.probe.is_dir(path):
+    path = m.model_path
+    if not path:
         return skip(say("--model is no directory"))
     base = f"{path}/rank_0" if m.probe.is_dir(f"{path}/rank_0") else path
     index = f"{base}/tensor_index.json"
