@@ -14,6 +14,7 @@ from sllmctl.doctor.text import Text, say
 LINE_CHARS = 2000
 # A bare number is a code only beside a word that says so: sizes and process ids are numbers too.
 _CODE = r"\b(?:err(?:or)?|ret(?:urn(?:ed)?|code)?|rtn|code|result)\b[^\n]{{0,24}}?\b{0}\b"
+_TIMES = r"(?:[?*+]|\{[\d,]*\})"
 _NUMBER = re.compile(r"<(\d{5,6})>")
 _TRAILER = re.compile(r"\bERR(\d{2})(\d{3})\b")
 _EXCEPTION = re.compile(r"^\s*(?:[\w.]+(?:Error|Exception|Interrupt|Exit)\b.*|terminate called.*)$")
@@ -134,9 +135,11 @@ def _alternatives(pattern: str) -> list[str]:
 
 
 def _longest(alternative: str) -> str:
-    text = re.sub(r"\\[bBwWdDsS][+*?]?", "\0", alternative)
-    while (shorter := re.sub(r"(?<!\\)\((?:\\.|[^()\\])*\)[?*+]?", "\0", text)) != text:
+    text = re.sub(rf"\\[bBwWdDsS]{_TIMES}?", "\0", alternative)
+    while (shorter := re.sub(rf"(?<!\\)\((?:\\.|[^()\\])*\){_TIMES}?", "\0", text)) != text:
         text = shorter
-    for variable in (r"\[[^\]]*\][?*+]?", r"(?<!\\)\.[*+?]?", r"(?<!\\)[^\\\0][?*]"):
+    for variable in (
+        rf"\[[^\]]*\]{_TIMES}?", rf"(?<!\\)\.{_TIMES}?", rf"(?<!\\)[^\\\0]{_TIMES}",
+    ):  # fmt: skip
         text = re.sub(variable, "\0", text)
     return max(re.sub(r"\\(.)", r"\1", text).split("\0"), key=len)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from sllmctl.doctor.log_signatures import LINE_CHARS, lines_of, read_log
+from sllmctl.doctor.log_signatures import LINE_CHARS, _prepared, lines_of, read_log
 from sllmctl.doctor.tables import load_tables
 from tests.doctor.conftest import Doctor
 
@@ -24,6 +24,7 @@ LINES = {
     "L04": "ImportError: /x/libtorch_npu.so: undefined symbol: _ZN3c1010ValueErrorC1E",
     "L05": "ImportError: libascend_hal.so: cannot open shared object file: No such file",
     "L06": "ImportError: libhccl.so: cannot open shared object file. Please run 'source'",
+    "L07": "RuntimeError: Failed to load the backend extension: torch_npu. You can disable",
     "L08": "RuntimeError: Failed to infer device type",
     "L09": "dcmi model initialized failed, because the device is used. ret is -8020",
     "L10": "dcmi module initialize failed. ret is -8005",
@@ -62,6 +63,17 @@ LINES = {
     "L46": "The model `Qwen3-8B` does not exist.",
     "L47": "requests: [Errno 111] Connection refused to localhost:3000",
     "L48": "EE9999 error code 207008 stream resources insufficient",
+    "L49": "ImportError: libtorch_npu.so: cannot open shared object file: No such file",
+    "L50": "ModuleNotFoundError: No module named 'torch_npu'",
+    "L51": "ModuleNotFoundError: No module named 'attr'",
+    "L52": "AttributeError: module 'torch_npu' has no attribute 'npu_rope'",
+    "L53": "open /dev/davinci0: Permission denied",
+    "L54": "RuntimeError: npu:0 error code is 507008",
+    "L55": "bash: npu-smi: command not found",
+    "L56": "ImportError: libascend_transport.so: cannot open shared object file",
+    "L57": "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io",
+    "L58": "Unsupported soc_version: 104",
+    "L59": "ValueError: 'serverless_llm' is not a valid LoadFormat",
 }
 
 
@@ -82,6 +94,11 @@ def test_a_known_line_leads_to_its_cause(name: str) -> None:
         ("RuntimeError: 0 active drivers ([]). There should only be one.", "L30"),
         ("OSError: [Errno 28] No space left on device: '/dev/shm/psm_1'", "L32"),
         ("openai.APIConnectionError: Connect error: connection refused", "L47"),
+        ("aclInit failed: 507899", "L11"),
+        ("aclnnAdd: kernel not found, 561103", "L15"),
+        ("E aclrtMallocHost 64 MiB, 207001", "L20"),
+        ("vllm: error: argument --load-format: invalid choice: 'serverless_llm'", "L59"),
+        ("PermissionError: [Errno 13] Permission denied: '/dev/davinci_manager'", "L53"),
         ("x.whl is not a supported wheel on this platform.", "L25"),
         ("CANN toolkit not found at /usr/local/Ascend", "L36"),
         ("ERROR: Could not find a version that satisfies the requirement torch-npu==9", "L23"),
@@ -103,6 +120,19 @@ def test_other_wordings_are_known_too(line: str, name: str) -> None:
 )
 def test_numbers_and_harmless_lines_are_no_errors(line: str) -> None:
     assert read_log([line], TABLES) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "line"),
+    [
+        (r"soc\W{1,4}104\b", "soc: 104"), (r"a.{0,40}bcd", "a..bcd"), (r"x{2,3}y", "xxxy"),
+        (r"[ab]{2}c", "abc"), (r"(ab){2}c", "ababc"), (r"ab?c*de+f", "adeef"), (r"a\{2\}", "a{2}"),
+    ],
+)  # fmt: skip
+def test_what_a_line_must_hold_is_no_more_than_its_pattern_asks(pattern: str, line: str) -> None:
+    words, whole = _prepared(pattern)
+    assert whole.search(line)
+    assert any(word in line for word in words)
 
 
 def test_a_signature_is_told_once_with_its_count() -> None:
