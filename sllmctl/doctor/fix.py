@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sllmctl.doctor.checks.environment import STUB
 from sllmctl.doctor.checks.network import bypass
@@ -20,6 +20,7 @@ from sllmctl.doctor.text import Text, say
 from sllmctl.errors import ConfigError
 
 ENV_FILE = "sllmctl-env.sh"
+OLD = ".old"  # the end of the name under which a file that was replaced is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,12 @@ def plan(done: Examination) -> list[Action]:
 def _libglog(m: Machine, ids: tuple[str, ...]) -> Action:
     package = package_of(m) or ""
     source, target = built_glog(m, package) or "", f"{package}/libglog.so"
-    old = m.probe.readlink(target)
     # A copy: a link into `build` breaks with the next `rm -rf build`.
     return Action(
         "libglog",
         ids,
         say("copy {source} to {target}", source=source, target=target),
-        f"ln -sfn {old} {target}" if old else f"rm {target}",
+        _undo(m, target),
         None,
         lambda: _replace(m, target, lambda made: shutil.copyfile(_real(m, source), made)),
     )
@@ -68,7 +68,7 @@ def _deep_ep(m: Machine, ids: tuple[str, ...]) -> Action:
         "deep_ep",
         ids,
         say("link {target} to deep_ep/{name}", target=target, name=name),
-        f"rm {target}",
+        _undo(m, target),
         None,
         lambda: _replace(m, target, lambda made: os.symlink(f"deep_ep/{name}", made)),  # noqa: PTH211
     )
@@ -87,7 +87,7 @@ def _environment(m: Machine, ids: tuple[str, ...]) -> Action:
         "env",
         ids,
         say("write {target}, which sets the environment right", target=target),
-        f"rm {target}",
+        _undo(m, target),
         say("now run: source {target}", target=target),
         lambda: _replace(m, target, write),
     )
@@ -128,6 +128,14 @@ def env_script(m: Machine) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _undo(m: Machine, target: str) -> str:
+    """The command that brings back what stands in the place now, or nothing."""
+    place, link = shlex.quote(target), m.probe.readlink(target)
+    if link is not None:
+        return f"ln -sfn {shlex.quote(link)} {place}"
+    return f"mv {shlex.quote(target + OLD)} {place}" if m.probe.exists(target) else f"rm {place}"
+
+
 def _real(m: Machine, path: str) -> str:
     real = m.probe.real(path)
     if real is None:
@@ -138,15 +146,18 @@ def _real(m: Machine, path: str) -> str:
 def _replace(m: Machine, target: str, make: Callable[[str], object]) -> None:
     """Make a file beside its place and move it there: half a file never stands there.
 
-    The move replaces a link itself, not what it leads to.
+    The move replaces a link itself, not what it leads to; a file that was there is kept beside.
     """
     parent = _real(m, posixpath.dirname(target))
-    made = f"{parent}/.sllmctl-{os.getpid()}"
+    place, made = f"{parent}/{posixpath.basename(target)}", f"{parent}/.sllmctl-{os.getpid()}"
     try:
         make(made)
-        os.replace(made, f"{parent}/{posixpath.basename(target)}")  # noqa: PTH105
+        if m.probe.readlink(target) is None and m.probe.exists(target):
+            os.replace(place, place + OLD)  # noqa: PTH105
+        os.replace(made, place)  # noqa: PTH105
     except OSError as exc:
-        Path(made).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(made)  # noqa: PTH108
         raise ConfigError(
             f"cannot write `{target}`: {exc.strerror or exc}", hint="run it as the owner"
         ) from exc

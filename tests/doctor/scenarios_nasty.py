@@ -171,6 +171,18 @@ def closed_root(t: Tree) -> None:
     t.host |= USER
 
 
+@scenario("`latest` of NNAL leads nowhere", {"NNAL003": "fail", "ENV005": "info"},
+          says="nnal/atb/latest leads nowhere")  # fmt: skip
+def dangling_nnal(t: Tree) -> None:
+    t.link(f"{A}/nnal/atb/latest", "8.2.RC1")
+
+
+@scenario("ATB_HOME_PATH of an NNAL that is gone", {"NNAL003": "fail"},
+          says="ATB_HOME_PATH leads nowhere")  # fmt: skip
+def gone_nnal(t: Tree) -> None:
+    t.env["ATB_HOME_PATH"] = f"/{A}/nnal/atb/8.0.0/atb/cxx_abi_0"
+
+
 @scenario("npu-smi lists fewer chips than /dev has", {"DRV009": "info"}, says="6 chips, /dev has 8")
 def fewer_rows(t: Tree) -> None:
     t.command("npu-smi info", render("25.0.rc1.1", cards(6)))

@@ -124,6 +124,11 @@ def small_container(t: Tree) -> None:
     t.file("sys/fs/cgroup/memory.current", str(1 << 30))
 
 
+@scenario("little memory may be locked", {"MEM002": "info"}, base=with_store, says="64 KB")
+def little_memlock(t: Tree) -> None:
+    t.host["memlock_bytes"] = 65536
+
+
 @scenario(
     "a pool that is no multiple of the chunk",
     {"STORE006": "fail"},

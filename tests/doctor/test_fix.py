@@ -13,6 +13,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.tree_probe import TreeProbe
 from sllmctl.errors import ConfigError
 from tests.doctor.conftest import Doctor
+from tests.doctor.elf_file import shared_library
 from tests.doctor.tree import SITE
 
 Make = Callable[[str], Path]
@@ -47,6 +48,34 @@ def test_a_broken_link_is_replaced_not_written_through(doctor: Doctor, machine: 
     assert doctor("--root", root, "--fix", "--yes").exit_code == 0
     assert not (root / GLOG).is_symlink()
     assert not (root / "root/elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["libglog.so of another machine", "a file of the same name"])
+def test_a_file_that_is_replaced_is_kept(doctor: Doctor, machine: Make, name: str) -> None:
+    glog = name == "libglog.so of another machine"
+    root = machine(name if glog else "nothing sourced")
+    target = root / (f"{SITE[1:]}/sllm_store/libglog.so" if glog else "root/sllmctl-env.sh")
+    if glog:
+        built = root / "opt/npu/lib/libglog.so"
+        built.write_bytes(shared_library("aarch64", [], [], ""))
+    else:
+        target.write_text("echo mine\n")
+    before = target.read_bytes()
+    plan = doctor("--root", root, "--fix", "--dry-run").stdout
+    undo = f"mv {str(target).removeprefix(str(root))}.old {str(target).removeprefix(str(root))}"
+    assert f"to take it back: {undo}" in plan.replace("~", "/root")
+    assert doctor("--root", root, "--fix", "--yes").exit_code == 0
+    assert target.read_bytes() != before
+    assert target.with_name(target.name + ".old").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_one_line(doctor: Doctor, machine: Make) -> None:
+    root = machine("nothing sourced")
+    (root / "root").rmdir()
+    (root / "root").write_text("no directory")
+    done = doctor("--root", root, "--fix", "--yes")
+    assert isinstance(done.exception, ConfigError), done.exception
+    assert "cannot write" in str(done.exception)
 
 
 def test_deep_ep_gets_its_link(doctor: Doctor, machine: Make) -> None:

@@ -79,8 +79,12 @@ def memory(m: Machine) -> Finding:
 def memlock(m: Machine) -> Finding:
     most = m.probe.host.memlock_bytes
     pool = m.options.pool_bytes
-    if pool is None or most == UNLIMITED or most >= pool:
+    if most == UNLIMITED or (pool is not None and most >= pool):
         return ok(say("nothing stands in the way of locking"))
+    if pool is None:
+        return info(
+            say("only {most} KB may be locked", most=most >> 10), limit("RLIMIT_MEMLOCK", most)
+        )
     return warn(
         say("only {most} KB may be locked, the pool has {pool} MB",
             most=most >> 10, pool=pool >> 20),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+
 from sllmctl.doctor.check import Finding, check, env, fail, file, info, ok, say, skip, warn
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, cann_key
@@ -78,12 +80,24 @@ def version(m: Machine) -> Finding:
 def active(m: Machine) -> Finding:
     home = m.env.get("ATB_HOME_PATH", "")
     fix = f"source {set_env(m)}"
-    if not home or not m.probe.is_dir(home):
+    if not home:
         return fail(
             say("set_env.sh of NNAL/ATB was not sourced"),
-            env("ATB_HOME_PATH", home or "unset"),
+            env("ATB_HOME_PATH", "unset"),
             fix=fix,
             action="env",
+        )
+    if not m.probe.is_dir(home):
+        link = posixpath.join(posixpath.dirname(m.nnal[0].path), "latest")
+        dangling = m.probe.readlink(link) is not None and not m.probe.exists(link)
+        return fail(
+            say("{link} leads nowhere", link=link)
+            if dangling
+            else say("{name} leads nowhere", name="ATB_HOME_PATH"),
+            env("ATB_HOME_PATH", home),
+            *([file(link, f"-> {m.probe.readlink(link)}")] if dangling else []),
+            fix=f"ln -sfn {m.nnal[0].path} {link}" if dangling else fix,
+            action="" if dangling else "env",
         )
     if m.find_library("libatb.so") is None:
         return fail(
