@@ -44,8 +44,10 @@ def http_proxied(env: Mapping[str, str], host: str) -> bool:
     if not proxy:
         return False
     listed = env.get("no_proxy") or env.get("NO_PROXY") or ""
+    if listed.strip() == "*":  # beside other entries most clients do not know it
+        return False
     for entry in (part.strip().lower() for part in listed.split(",")):
-        if entry == "*" or (entry and host.lower().endswith(entry.lstrip("."))):
+        if entry and host.lower().endswith(entry.lstrip(".")):
             return False
         if "/" in entry and _in_network(host, entry):
             return False

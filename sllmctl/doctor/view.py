@@ -237,7 +237,7 @@ def _counts(done: Examination, view: View) -> list[str]:
             else f"{ids[0]} ... {ids[-1]}" if one_group
             else view.say(say("{count} checks", count=len(ids)))
         )  # fmt: skip
-        out += view.quiet(view.wrapped(f"  {names}: ", reason))
+        out += view.quiet(view.wrapped(f"  {names}{view.say(': ')}", reason))
     return out
 
 

@@ -183,7 +183,7 @@ def test_a_real_server_is_asked_past_every_proxy(
         server.shutdown()
         thread.join()
     assert done.exit_code == 3
-    assert "the server knows no Qwen3-8B, but autodl-tmp/Qwen/Qwen3-8B" in done.stdout
+    assert "the server has no model Qwen3-8B; it has autodl-tmp/Qwen/Qwen3-8B" in done.stdout
     closed = doctor("--only", "SRV001", "--base-url", url)
     assert closed.exit_code == 3
 

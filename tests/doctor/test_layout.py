@@ -18,7 +18,7 @@ from tests.doctor.pictures import PICTURES, path, svg
 
 Make = Callable[[str], Path]
 BROKEN = "guide 1, with vLLM installed"
-ALONE = ("seen:", "fix:", "所见：", "修复：", "$ ", "sllmctl doctor")  # what is copied whole
+ALONE = ("seen:", "fix:", "依据：", "修复：", "$ ", "sllmctl doctor")  # what is copied whole
 
 
 def test_words_go_to_the_next_line_below_the_first() -> None:

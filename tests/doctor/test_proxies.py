@@ -44,6 +44,8 @@ def test_grpc_goes_where_it_was_seen_to_go(
         ({"HTTP_PROXY": P}, True),
         ({"http_proxy": P, "NO_PROXY": "localhost, 127.0.0.1"}, False),
         ({"http_proxy": P, "no_proxy": "*"}, False),
+        ({"http_proxy": P, "no_proxy": "intern,*"}, True),
+        ({"http_proxy": P, "no_proxy": "127.0.0.1:8000"}, True),
         ({"http_proxy": P, "no_proxy": "127.0.0.0/8"}, False),
         ({"ALL_PROXY": P, "no_proxy": ".example"}, True),
     ],

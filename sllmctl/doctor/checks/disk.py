@@ -130,7 +130,7 @@ def direct(m: Machine) -> Finding:
     title="checkpoints lie on a fast file system",
     why="network and layered file systems are slow; one in memory takes what the model needs",
     looks_at="the type of the storage path's file system in /proc/self/mountinfo, and whether its "
-    "disk turns",
+    "disk spins",
     severity=Status.WARN,
     profiles="base convert store",
 )
@@ -150,7 +150,7 @@ def file_system(m: Machine) -> Finding:
         )
     if _turns(m, number):
         return info(
-            say("{path} lies on a disk that turns", path=path),
+            say("{path} lies on a spinning disk", path=path),
             file(f"/sys/dev/block/{number}", "rotational"),
             advice=say("put checkpoints on a local disk, by --storage-path"),
         )

@@ -89,9 +89,10 @@ def served(m: Machine) -> Finding:
         return skip(say("the server does not list its models (HTTP {status})", status=status))
     if wanted in names:
         return ok(say("the server knows {name}", name=wanted), cmd(address, ", ".join(names)))
+    listed = ", ".join(names)
     return fail(
-        say("the server knows no {wanted}, but {names}", wanted=wanted, names=", ".join(names)),
-        cmd(address, ", ".join(names)),
+        say("the server has no model {wanted}; it has {names}", wanted=wanted, names=listed),
+        cmd(address, listed),
         advice=say("use that name, or start the server with --served-model-name {name}",
                    name=wanted),
     )  # fmt: skip
