@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sllmctl.doctor.checks.packages import torch_command
+from sllmctl.doctor.checks.vllm import vllm_command
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, public
 
@@ -84,8 +86,13 @@ def _row(row: dict[str, str], installed: dict[str, str], arch: str) -> Row:
         commands.append(f"./Ascend-cann-toolkit_{rest['CANN']}_linux-{arch}.run --install")
     if "NNAL" in rest:
         commands.append(f"./Ascend-cann-nnal_{rest['NNAL']}_linux-{arch}.run --install")
-    python = [f"{p}=={rest[p]}" for p in ("torch", "torch_npu", "vllm", "vllm-ascend") if p in rest]
-    if python:
-        commands.append("pip install " + " ".join(python))
+    if "torch" in rest:
+        commands.append(torch_command(rest["torch"], row["torch_npu"], arch))
+    elif "torch_npu" in rest:
+        commands.append(f"pip install torch_npu=={rest['torch_npu']}")
+    if "vllm" in rest:
+        commands.append(vllm_command(rest["vllm"]))
+    if "vllm-ascend" in rest:
+        commands.append(f"pip install vllm-ascend=={rest['vllm-ascend']}")
     name = f"vllm-ascend {row['vllm-ascend']}" if "vllm-ascend" in row else f"torch {row['torch']}"
     return Row(name, tuple(row.items()), here, tuple(commands))

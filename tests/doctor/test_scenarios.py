@@ -80,3 +80,21 @@ def test_commands_to_copy_are_right_where_the_machine_is_odd(place: Path) -> Non
     tree.command("npu-smi info", code=127)
     probe = TreeProbe(tree.write())
     assert fix("ENV006") == "unset ASCEND_RT_VISIBLE_DEVICES"
+
+
+def test_the_commands_of_a_row_bring_no_torch_for_cuda(place: Path) -> None:
+    tree = Tree(place)
+    tree.arch = "x86_64"
+    good(tree, "8.0.0")
+    tree.dist("torch", "2.6.0+cpu")
+    machine = Machine(TreeProbe(tree.write()))
+    done = examine(machine)
+    commands = [row.commands for row in done.rows]
+    torch = (
+        "pip install torch==2.5.1 --index-url https://download.pytorch.org/whl/cpu && "
+        "pip install torch_npu==2.5.1"
+    )
+    assert all(torch in row for row in commands), commands
+    assert torch in {o.finding.fix for o in done.outcomes if o.check.id in ("PY005", "VLLM002")}
+    vllm = "VLLM_TARGET_DEVICE=empty pip install --no-deps vllm==0.8.4"
+    assert any(vllm in row for row in commands), commands

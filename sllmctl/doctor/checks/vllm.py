@@ -20,6 +20,7 @@ from sllmctl.doctor.check import (
     warn,
     worst,
 )
+from sllmctl.doctor.checks.packages import torch_command
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import cann_base, cann_key, public, release
 
@@ -45,6 +46,11 @@ PATCHED = {
 }
 
 
+def vllm_command(version: str) -> str:
+    """The command that installs vLLM without the torch for CUDA that it asks for."""
+    return f"VLLM_TARGET_DEVICE=empty pip install --no-deps vllm=={version}"
+
+
 @check(
     "VLLM001",
     title="vllm is the one for vllm-ascend",
@@ -59,7 +65,7 @@ def pair(m: Machine) -> Finding:
     seen = (dist("vllm", here or "missing"), dist("vllm-ascend", ascend))
     row = m.tables.for_vllm_ascend(ascend)
     wanted = row.vllm[-1] if row else ""
-    fix = f"VLLM_TARGET_DEVICE=empty pip install --no-deps vllm=={wanted or public(ascend)}"
+    fix = vllm_command(wanted or public(ascend))
     if not here:
         return fail(say("vllm-ascend is installed without vllm"), *seen, fix=fix)
     if ("dev" in here or not release(here)) and not m.env.get("VLLM_VERSION"):
@@ -126,7 +132,9 @@ def row(m: Machine) -> Finding:
                 say("vllm-ascend {ascend} was tested with {name} {wanted}, here is {here}",
                     ascend=ascend, name=name, wanted=public(wanted), here=installed),
                 dist(name, installed),
-                fix=f"pip install {name}=={public(wanted)}",
+                fix=torch_command(known.torch, public(known.torch_npu), m.arch)
+                if name == "torch"
+                else f"pip install {name}=={public(wanted)}",
             )
         )  # fmt: skip
     return worst(found, ok(say("all versions are those of vllm-ascend {version}", version=ascend)))
