@@ -61,6 +61,8 @@ def find_roots(probe: Probe) -> list[CannRoot]:
     for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
         candidates += [root_of(entry) or "" for entry in env.get(name, "").split(":")]
     bases = [BASE, posixpath.join(probe.host.home, "Ascend")]
+    if prefix := env.get("CONDA_PREFIX"):
+        bases.append(f"{prefix}/Ascend")
     for info in ("/etc/Ascend/ascend_cann_install.info", f"{bases[1]}/ascend_cann_install.info"):
         bases.append(key_values(probe.read_text(info)).get("Install_Path", ""))
     for base in filter(None, bases):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 
-from sllmctl.doctor.probe import Probe
+from sllmctl.doctor.probe import Probe, parse_json
 
 _REQUIRES = re.compile(r"^Requires-Dist:\s*([A-Za-z0-9._-]+)\s*\(?([^;)\n]*)", re.MULTILINE)
 _TAG = re.compile(r"^Tag:\s*(\S+)", re.MULTILINE)
@@ -125,11 +124,9 @@ class Distributions:
         found = self.get(name)
         if found is None:
             return []
-        try:
-            url = json.loads(self.probe.read_text(f"{found.info}/direct_url.json") or "{}")
-            if not (url.get("dir_info") or {}).get("editable"):
-                return []
-            path = str(url.get("url", "")).removeprefix("file://")
-        except (ValueError, AttributeError):
+        url = parse_json(self.probe.read_text(f"{found.info}/direct_url.json") or "")
+        info = url.get("dir_info") if isinstance(url, dict) else None
+        if not isinstance(info, dict) or not info.get("editable"):
             return []
+        path = str(url.get("url", "")).removeprefix("file://")
         return [path, f"{path}/src", f"{path}/python"]

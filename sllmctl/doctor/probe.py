@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import json
 import mmap
 import os
 import posixpath
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sllmctl.doctor.elf import Elf, parse_elf
 from sllmctl.doctor.host import Host
@@ -24,6 +26,14 @@ RUN_TIMEOUT_S = 10.0
 RUN_BYTES = 256 << 10
 CONNECT_TIMEOUT_S = 1.0
 WALK_ENTRIES = 20_000
+
+
+def parse_json(text: str) -> Any:
+    """A JSON document; None for what is none, also for one that is nested without end."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def empty_entry(t: Tree) -> None:
 @scenario(
     "a container with one card, asked for by the host's number",
     {"ENV006": "fail"},
-    says="counted from 0",
+    says="go from 0 to 0",
 )
 def host_number(t: Tree) -> None:
     t.nodes = {name: node for name, node in t.nodes.items() if name[-1] not in "01234567"}

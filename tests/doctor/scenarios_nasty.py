@@ -92,6 +92,32 @@ def folders(t: Tree) -> None:
         t.directory(path)
 
 
+NESTED = "[" * 100_000
+MODELS = "http://localhost:8000/v1/models"
+
+
+@scenario("JSON that is nested without end", {"HUB003": "fail"}, says="cannot be read",
+          options=Options(profiles=("base",), model="/data/models",
+                          base_url="http://localhost:8000/v1", served_model="m"))  # fmt: skip
+def nested(t: Tree) -> None:
+    t.file("data/models/config.json", "{}")
+    t.file("data/models/model.safetensors.index.json", NESTED)
+    t.file(f"{SITE[1:]}/torch_npu-2.5.1.dist-info/direct_url.json", NESTED)
+    t.more |= {"ports": [8000], "http": {MODELS: [200, NESTED]}}
+
+
+@scenario("VLLM_VERSION of another release", {"VLLM001": "fail"}, says="VLLM_VERSION says 0.9.1")
+def other_vllm_version(t: Tree) -> None:
+    t.env["VLLM_VERSION"] = "0.9.1"
+
+
+@scenario("CANN in the conda environment, not sourced", {"ENV001": "fail"}, options=BASE)
+def conda_cann(t: Tree) -> None:
+    t.directory("opt/npu/Ascend")
+    (t.root / A / "ascend-toolkit").rename(t.root / "opt/npu/Ascend/ascend-toolkit")
+    t.env = {"CONDA_PREFIX": "/opt/npu"}
+
+
 @scenario("an index that lists itself", {"HUB003": "fail"}, says="config.json",
           options=Options(profiles=("convert",), model="/data/models"))  # fmt: skip
 def odd_model(t: Tree) -> None:

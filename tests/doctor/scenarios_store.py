@@ -186,6 +186,24 @@ def cut_short(t: Tree) -> None:
     model(t, tensor_index__json=json.dumps(index), tensor__data_0=b"\0" * 4096)
 
 
+@scenario("an index of the store, infinite", {"STORE007": "fail"}, base=with_store,
+          says="cannot be read", options=Options(model=f"/{MODEL}"))  # fmt: skip
+def infinite_index(t: Tree) -> None:
+    model(t, tensor_index__json='{"a": [1e999, 2]}')
+
+
+@scenario("an index of the store, negative", {"STORE007": "fail"}, base=with_store,
+          says="cannot be read", options=Options(model=f"/{MODEL}"))  # fmt: skip
+def negative_index(t: Tree) -> None:
+    model(t, tensor_index__json='{"a": [-5, 2]}')
+
+
+@scenario("an index of the store, nested", {"STORE007": "fail"}, base=with_store,
+          says="cannot be read", options=Options(model=f"/{MODEL}"))  # fmt: skip
+def nested_index(t: Tree) -> None:
+    model(t, tensor_index__json="[[" * 100_000)
+
+
 @scenario("a model in the store's format", base=with_store, options=Options(model=f"/{MODEL}"))
 def converted(t: Tree) -> None:
     index = {"a": [0, 4096, [2048], [1], "torch.float16"]}

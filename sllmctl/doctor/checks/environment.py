@@ -234,8 +234,8 @@ def visible_devices(m: Machine) -> Finding:
     if count and ids[-1] >= count:
         seen.append(file("/dev", f"{count} cards"))
         return fail(
-            say("{name} asks for card {id}, but there are {count}, counted from 0",
-                name=name, id=ids[-1], count=count),
+            say("{name} asks for card {id}, but they go from 0 to {last} here",
+                name=name, id=ids[-1], last=count - 1),
             *seen, fix=fix, action="env",
         )  # fmt: skip
     return ok(say("{name} is {value}", name=name, value=value), *seen)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 
 from sllmctl.doctor.check import Finding, check, dist, env, fail, file, ok, say, skip, warn
 from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.probe import parse_json
 
 _TRUE = ("1", "true", "yes", "on")
 _POINTER = "version https://git-lfs"
@@ -131,7 +131,13 @@ def model_path(m: Machine) -> Finding:
             file(f"{path}/config.json", "missing"),
             advice=say("download the model again, with its configuration"),
         )
-    shards = _shards(m, path)
+    shards, unreadable = _shards(m, path)
+    if unreadable:
+        return fail(
+            say("{path} cannot be read", path=unreadable),
+            file(unreadable),
+            advice=say("finish the download"),
+        )
     missing = [name for name in shards if not m.probe.exists(f"{path}/{name}")]
     if missing:
         return fail(
@@ -152,12 +158,13 @@ def model_path(m: Machine) -> Finding:
     return ok(say("the model's directory is whole"), file(path))
 
 
-def _shards(m: Machine, path: str) -> list[str]:
+def _shards(m: Machine, path: str) -> tuple[list[str], str]:
+    """The shards that are there or should be, and an index that cannot be read, or ""."""
     names = [n for n in m.probe.listdir(path) if n.endswith(".safetensors")]
     for index in m.probe.glob(f"{path}/*.safetensors.index.json"):
-        try:
-            listed = json.loads(m.probe.read_text(index, 64 << 20) or "{}").get("weight_map", {})
-            names += [name for name in listed.values() if isinstance(name, str)]
-        except (ValueError, AttributeError):
-            continue
-    return sorted(set(names))
+        document = parse_json(m.probe.read_text(index, 64 << 20) or "")
+        listed = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(listed, dict):
+            return [], index
+        names += [name for name in listed.values() if isinstance(name, str)]
+    return sorted(set(names)), ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import urllib.parse
 
 from sllmctl.doctor.check import Finding, check, cmd, fail, ok, say, skip
 from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.probe import parse_json
 
 _LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 _USUAL = (30000, 8000)
@@ -82,8 +82,8 @@ def served(m: Machine) -> Finding:
     address = f"{url}/models" if url.endswith("/v1") else f"{url}/v1/models"
     status, body = m.probe.get(address)
     try:
-        names = [str(entry["id"]) for entry in json.loads(body)["data"]] if status == 200 else []
-    except (ValueError, LookupError, TypeError):
+        names = [str(entry["id"]) for entry in parse_json(body)["data"]] if status == 200 else []
+    except (LookupError, TypeError):
         names = []
     if not names:
         return skip(say("the server does not list its models (HTTP {status})", status=status))

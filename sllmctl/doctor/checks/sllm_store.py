@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 
@@ -24,6 +23,7 @@ from sllmctl.doctor.check import (
     worst,
 )
 from sllmctl.doctor.machine import Machine
+from sllmctl.doctor.probe import parse_json
 
 DIST, MODULE = "serverless-llm-store", "sllm_store"
 PORT = 8073
@@ -327,10 +327,13 @@ def files(m: Machine) -> Finding:
         if n.startswith("tensor.data_") and (node := m.probe.stat(f"{base}/{n}"))
     ]  # fmt: skip
     try:
-        end = max((int(entry[0]) + int(entry[1]) for entry in json.loads(text).values()), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return fail(say("tensor_index.json cannot be read"), file(index),
+        spans = [(int(entry[0]), int(entry[1])) for entry in parse_json(text).values()]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        spans = [(-1, -1)]
+    if any(offset < 0 or size < 0 for offset, size in spans):
+        return fail(say("{path} cannot be read", path=index), file(index),
                     advice=say("convert the model again"))  # fmt: skip
+    end = max((offset + size for offset, size in spans), default=0)
     if end > sum(sizes):
         return fail(
             say("the data files are cut short: {have} of {need} bytes", have=sum(sizes), need=end),

@@ -82,9 +82,17 @@ def pair(m: Machine) -> Finding:
         ) if release(ascend)[:2] != release(here)[:2] else ok(
             say("vllm {vllm} and vllm-ascend {ascend}", vllm=here, ascend=ascend), *seen
         )  # fmt: skip
-    effective = m.env.get("VLLM_VERSION") or public(here)
-    if effective in row.vllm or release(effective)[:3] in [release(v)[:3] for v in row.vllm]:
+    said, fitting = m.env.get("VLLM_VERSION"), [release(v)[:3] for v in row.vllm]
+    if release(said or here)[:3] in fitting:
         return ok(say("vllm {vllm} and vllm-ascend {ascend}", vllm=here, ascend=ascend), *seen)
+    if said and release(here)[:3] in fitting:
+        return fail(
+            say("VLLM_VERSION says {said}, which vllm-ascend {ascend} is not made for",
+                said=said, ascend=ascend),
+            env("VLLM_VERSION", said),
+            *seen,
+            fix=f"export VLLM_VERSION={wanted}",
+        )  # fmt: skip
     return fail(
         say("vllm-ascend {ascend} is made for vllm {wanted}, not {vllm}",
             ascend=ascend, wanted=wanted, vllm=here),
