@@ -232,9 +232,11 @@ def _counts(done: Examination, view: View) -> list[str]:
         reasons[view.say(_reason(outcome, done))].append(outcome.check.id)
     for reason, ids in reasons.items():
         one_group = len({CHECKS[id].group for id in ids}) == 1  # noqa: A001
+        known = list(CHECKS)
+        in_a_row = known.index(ids[-1]) - known.index(ids[0]) == len(ids) - 1
         names = (
-            " ".join(ids) if len(ids) <= _NAMED
-            else f"{ids[0]} ... {ids[-1]}" if one_group
+            f"{ids[0]} ... {ids[-1]}" if len(ids) > _NAMED and one_group and in_a_row
+            else " ".join(ids) if len(ids) <= _NAMED or one_group
             else view.say(say("{count} checks", count=len(ids)))
         )  # fmt: skip
         out += view.quiet(view.wrapped(f"  {names}{view.say(': ')}", reason))

@@ -92,6 +92,18 @@ def folders(t: Tree) -> None:
         t.directory(path)
 
 
+@scenario(
+    "a container without anything",
+    {"DRV002": "fail", "DRV004": "warn", "DRV007": "fail", "CTR001": "fail", "ENV005": "info"},
+    options=BASE,
+)
+def bare_container(t: Tree) -> None:
+    t.file(".dockerenv")
+    t.nodes = {}
+    t.command("npu-smi info", code=127)
+    t.remove(f"{A}/driver", f"{A}/firmware")
+
+
 NESTED = "[" * 100_000
 MODELS = "http://localhost:8000/v1/models"
 

@@ -99,6 +99,14 @@ def test_list_and_explain(doctor: Doctor) -> None:
     assert "NNAL/ATB 与 CANN 同版本" in done.stdout
 
 
+def test_what_was_not_checked_is_named_exactly(doctor: Doctor, machine: Make) -> None:
+    text = doctor("--root", machine("a container without anything"), "--profile", "base").stdout
+    assert "  DRV003 DRV009 DRV010 DRV012: needs DRV002\n" in text
+    assert "  SVC001 ... SVC006: " in text
+    first = text.partition("Do this first:\n")[2].splitlines()[0]
+    assert "--device /dev/davinci0" in first and "-v /usr/local/bin/npu-smi" in first
+
+
 def test_no_exec_runs_no_command(doctor: Doctor, machine: Make) -> None:
     document = json.loads(doctor("--root", machine("npu-smi hangs"), "--no-exec", "--json").stdout)
     by_id = {check["id"]: check for check in document["checks"]}

@@ -18,20 +18,13 @@ from sllmctl.doctor.check import (
     skip,
     warn,
 )
-from sllmctl.doctor.checks.driver import SHARED_NODES
+from sllmctl.doctor.checks.driver import docker_run, not_given
 from sllmctl.doctor.checks.environment import card_ids
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.versions import release
 
 # glibc 2.34 starts threads by clone3; hosts with such kernels are of the time of older Docker.
 _CLONE3_GLIBC, _OLD_KERNEL = (2, 34), (5, 10)
-
-_FILES = (
-    "/usr/local/dcmi",
-    "/usr/local/bin/npu-smi",
-    "/usr/local/Ascend/driver/version.info",
-    "/etc/ascend_install.info",
-)
 
 
 @check(
@@ -52,21 +45,15 @@ def mounts(m: Machine) -> Finding:
             env("ASCEND_RUNTIME_OPTIONS", m.env["ASCEND_RUNTIME_OPTIONS"]),
             fix="docker run -e ASCEND_RUNTIME_OPTIONS= ...",
         )
-    nodes = [f"/dev/{n}" for n in SHARED_NODES if not m.probe.exists(f"/dev/{n}")]
-    if not m.cards:
-        nodes.insert(0, "/dev/davinci0")
-    library = m.find_library("libascend_hal.so") or m.probe.is_dir(f"{m.driver_path}/lib64")
-    needed = nodes + ([] if library else ["/usr/local/Ascend/driver/lib64"])
-    helpful = [path for path in _FILES if not m.probe.exists(path)]
+    needed, helpful = not_given(m)
     missing = needed + helpful
     if not missing:
         return ok(say("the container has what it needs of the driver"))
-    options = [f"--device {p}" if p.startswith("/dev/") else f"-v {p}:{p}" for p in missing]
     made = fail if needed else info
     return made(
         say("the container lacks {names}", names=", ".join(missing)),
         *(file(path, "missing") for path in missing),
-        fix=f"docker run {' '.join(options)} ...",
+        fix=docker_run(missing),
     )
 
 

@@ -24,6 +24,13 @@ from sllmctl.doctor.tables import driver_verdict
 from sllmctl.doctor.versions import cann_key, dotted_in, starts_with
 
 SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+# What a container needs of the driver beside its nodes and libraries.
+DRIVER_FILES = (
+    "/usr/local/dcmi",
+    "/usr/local/bin/npu-smi",
+    "/usr/local/Ascend/driver/version.info",
+    "/etc/ascend_install.info",
+)
 _WRONG = "incompatible"
 _COMPATIBLE = re.compile(r"V100R001C(\d+)")
 _INTERVAL = re.compile(r"\[([^,\]]*),([^\]]*)\]")
@@ -90,15 +97,29 @@ def nodes_there(m: Machine) -> Finding:
         return fail(
             say("this container lacks {names}", names=names),
             *seen,
-            fix="docker run --device /dev/davinci0 "
-            + " ".join(f"--device /dev/{name}" for name in SHARED_NODES)
-            + " ...",
+            fix=docker_run([path for paths in not_given(m) for path in paths]),
         )
     return fail(
         say("the driver is not loaded: {names} is missing", names=names),
         *seen,
         fix="npu-smi info  # then install the driver again, and reboot",
     )
+
+
+def not_given(m: Machine) -> tuple[list[str], list[str]]:
+    """What `docker run` kept back: what is needed of the driver, and what is good to have."""
+    needed = [f"/dev/{n}" for n in SHARED_NODES if not m.probe.exists(f"/dev/{n}")]
+    if not m.cards:
+        needed.insert(0, "/dev/davinci0")
+    if not (m.find_library("libascend_hal.so") or m.probe.is_dir(f"{m.driver_path}/lib64")):
+        needed.append("/usr/local/Ascend/driver/lib64")
+    return needed, [path for path in DRIVER_FILES if not m.probe.exists(path)]
+
+
+def docker_run(paths: list[str]) -> str:
+    """The command that gives a container devices and files of its host."""
+    options = [f"--device {p}" if p.startswith("/dev/") else f"-v {p}:{p}" for p in paths]
+    return f"docker run {' '.join(options)} ..."
 
 
 @check(

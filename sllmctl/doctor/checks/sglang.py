@@ -144,7 +144,9 @@ def operators(m: Machine) -> Finding:
 )
 def source(m: Machine) -> Finding:
     base = m.options.source
-    if not base or not any(m.probe.is_dir(f"{base}/python/{n}") for n in _SOURCES):
+    if not base:
+        return skip(say("--source was not given"))
+    if not any(m.probe.is_dir(f"{base}/python/{n}") for n in _SOURCES):
         return skip(say("--source is no source of sgl-kernel-npu"))
     commit, tag = _commit(m, base)
     if tag:

@@ -192,10 +192,12 @@ def extensions(m: Machine) -> Finding:
 )
 def source(m: Machine) -> Finding:
     given = m.options.source
+    if not given:
+        return skip(say("--source was not given"))
     base = next(
         (d for d in (given, f"{given}/{MODULE}") if m.probe.exists(f"{d}/CMakeLists.txt")), None
     )
-    if not given or base is None:
+    if base is None:
         return skip(say("--source is no source of sllm-store"))
     found: list[Finding | None] = []
     pins = {
@@ -311,6 +313,8 @@ def pool(m: Machine) -> Finding:
 )
 def files(m: Machine) -> Finding:
     path = m.model_path
+    if not m.options.model:
+        return skip(say("--model was not given"))
     if not path:
         return skip(say("--model is no directory"))
     base = f"{path}/rank_0" if m.probe.is_dir(f"{path}/rank_0") else path
