@@ -14,6 +14,7 @@ from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.text import Text
 
 NEEDS = say("needs {id}", id="").template
+LEFT_OUT = say("not in --only")
 _BLOCKING = {Status.FAIL, Status.ERROR, Status.SKIP}
 
 
@@ -97,7 +98,7 @@ class _Run:
         if check.id in self._without:
             return skip(say("left out by --skip"))
         if self._only:
-            return None if check.id in self._only else skip(say("not in --only"))
+            return None if check.id in self._only else skip(LEFT_OUT)
         if not set(check.profiles) & set(self._machine.profiles):
             return skip(
                 say("not part of the profile {name}", name=", ".join(self._machine.profiles))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sllmctl.doctor.advice import ABOUT_ROWS, Row
 from sllmctl.doctor.check import CHECKS, GROUPS, Check, Status
-from sllmctl.doctor.examine import NEEDS, Examination, Outcome
+from sllmctl.doctor.examine import LEFT_OUT, NEEDS, Examination, Outcome
 from sllmctl.doctor.layout import coloured, dim, pad, together, width_of, wrap
 from sllmctl.doctor.log_signatures import Match
 from sllmctl.doctor.machine import Machine
@@ -188,6 +188,10 @@ def _verdict(done: Examination, view: View) -> list[str]:
     warned = done.of(Status.WARN)
     purpose = ", ".join(m.profiles)
     if not failed and not warned:
+        if not done.counts[Status.PASS] + done.counts[Status.INFO]:
+            return [view.say("Nothing was checked.")]
+        if any(o.finding.summary == LEFT_OUT for o in done.outcomes):
+            return [view.say("What was checked is in order.")]
         if m.profiles == ("convert",) and not m.has_ascend:
             return view.wrapped(
                 "",

@@ -99,6 +99,12 @@ def test_list_and_explain(doctor: Doctor) -> None:
     assert "NNAL/ATB 与 CANN 同版本" in done.stdout
 
 
+def test_a_part_of_the_checks_is_no_verdict_on_the_machine(doctor: Doctor, machine: Make) -> None:
+    root = machine("nothing sourced")
+    assert "What was checked is in order.\n" in doctor("--root", root, "--only", "PY005").stdout
+    assert "Nothing was checked.\n" in doctor("--root", root, "--only", "HUB003").stdout
+
+
 def test_what_was_not_checked_is_named_exactly(doctor: Doctor, machine: Make) -> None:
     text = doctor("--root", machine("a container without anything"), "--profile", "base").stdout
     assert "  DRV003 DRV009 DRV010 DRV012: needs DRV002\n" in text
