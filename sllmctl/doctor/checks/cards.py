@@ -49,7 +49,9 @@ def smi_healthy(m: Machine) -> Finding:
             cmd("npu-smi info", "not found"),
             fix=f"docker run -v {tool}:{tool} -v /usr/local/dcmi:/usr/local/dcmi ..."
             if m.in_container
-            else "export PATH=$PATH:/usr/local/bin:/usr/local/sbin",
+            else "",
+            # Outside of PATH it was looked for, too: it comes with the driver.
+            advice=None if m.in_container else say("install the driver again"),
         )
     if not m.smi.cards:
         first = (ran.err or ran.out).strip().splitlines()[:1]
