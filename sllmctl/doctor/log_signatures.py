@@ -60,6 +60,7 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
     nothing), the exception before it is returned, as signature "".
     """
     known = [(s, *_prepared(s.pattern)) for s in tables.signatures]
+    telling = list(dict.fromkeys(word for _, words, _ in known for word in words))
     found: dict[str, Match] = {}
     before: tuple[int, str] | None = None
     unknown: tuple[int, str] | None = None
@@ -70,14 +71,16 @@ def read_log(lines: Iterable[str], tables: Tables) -> list[Match]:
             continue
         if _EXCEPTION.match(line):
             before = number, line
-        hit = next(
-            (
-                signature
-                for signature, words, pattern in known
-                if any(word in line for word in words) and pattern.search(line)
-            ),
-            None,
-        )
+        hit = None
+        if any(map(line.__contains__, telling)):  # nearly no line is worth a closer look
+            hit = next(
+                (
+                    signature
+                    for signature, words, pattern in known
+                    if any(word in line for word in words) and pattern.search(line)
+                ),
+                None,
+            )
         if hit is not None:
             _add(found, hit.id, number, line, say(hit.cause), hit.checks)
         elif match := _TRAILER.search(line):
