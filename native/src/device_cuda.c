@@ -76,10 +76,21 @@ static sllm_status load(const sllmi_cuda **cuda_out, sllm_error *err)
     return status;
 }
 
+/* The answer of a call. A runtime keeps the last error of each thread, "not ready" among them, and
+ * torch asks for it after every kernel: it must not find ours. */
+static int answer(const sllmi_cuda *cuda, int code)
+{
+    if (code != SLLMI_CUDA_SUCCESS) {
+        (void)cuda->cudaGetLastError();
+    }
+    return code;
+}
+
+#define CALL(where, function, ...) answer((where)->cuda, (where)->cuda->function(__VA_ARGS__))
+
 static sllm_status fail(const sllmi_cuda *cuda, int32_t ordinal, const char *function, int code,
                         sllm_error *err)
 {
-    (void)cuda->cudaGetLastError(); /* else torch's next check would find what was ours */
     sllm_status status = code == SLLMI_CUDA_MEMORY_ALLOCATION ? SLLM_E_NOMEM : SLLM_E_DEVICE;
     return sllmi_fail_device(err, status, code, "cuda:%d: %s failed with %d (%s): %s", ordinal,
                              function, code, cuda->cudaGetErrorName(code),
@@ -97,10 +108,8 @@ static sllm_status count_devices(sllmi_request *request, sllm_error *err)
     if (status == SLLM_OK) {
         int code = cuda->cudaGetDeviceCount(&request->count);
         if (code == SLLMI_CUDA_NO_DEVICE) {
-            (void)cuda->cudaGetLastError();
             request->count = 0;
         } else if (code == SLLMI_CUDA_INSUFFICIENT_DRIVER) {
-            (void)cuda->cudaGetLastError();
             status = sllmi_fail_device(err, SLLM_E_NO_DEVICE, code,
                                        "the NVIDIA driver is missing, or older than %s needs",
                                        library.what);
@@ -248,7 +257,7 @@ static sllm_status cuda_host_free(void *dev, void *ptr)
 static sllm_status event_create(void *argument, void **event_out, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = queue->cuda->cudaEventCreateWithFlags(event_out, SLLMI_CUDA_EVENT_DISABLE_TIMING);
+    int code = CALL(queue, cudaEventCreateWithFlags, event_out, SLLMI_CUDA_EVENT_DISABLE_TIMING);
     if (code != SLLMI_CUDA_SUCCESS) {
         *event_out = NULL;
         return FAIL(queue, "cudaEventCreateWithFlags", code, err);
@@ -259,14 +268,14 @@ static sllm_status event_create(void *argument, void **event_out, sllm_error *er
 static sllm_status event_record(void *argument, void *event, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = queue->cuda->cudaEventRecord(event, queue->stream);
+    int code = CALL(queue, cudaEventRecord, event, queue->stream);
     return code == SLLMI_CUDA_SUCCESS ? SLLM_OK : FAIL(queue, "cudaEventRecord", code, err);
 }
 
 static sllm_status event_query(void *argument, void *event, bool *passed_out, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = queue->cuda->cudaEventQuery(event);
+    int code = CALL(queue, cudaEventQuery, event);
     *passed_out = code == SLLMI_CUDA_SUCCESS;
     return code == SLLMI_CUDA_SUCCESS || code == SLLMI_CUDA_NOT_READY
                ? SLLM_OK
@@ -276,7 +285,7 @@ static sllm_status event_query(void *argument, void *event, bool *passed_out, sl
 static void event_destroy(void *argument, void *event)
 {
     cuda_queue *queue = argument;
-    (void)queue->cuda->cudaEventDestroy(event);
+    (void)CALL(queue, cudaEventDestroy, event);
 }
 
 static const sllmi_event_ops event_ops = {
@@ -302,7 +311,7 @@ static sllm_status make_queue(const cuda_device *device, void *stream, void **qu
     if (queue->own_stream) {
         /* Not blocked by the default stream, on which torch computes. */
         int code =
-            queue->cuda->cudaStreamCreateWithFlags(&queue->stream, SLLMI_CUDA_STREAM_NON_BLOCKING);
+            CALL(queue, cudaStreamCreateWithFlags, &queue->stream, SLLMI_CUDA_STREAM_NON_BLOCKING);
         if (code != SLLMI_CUDA_SUCCESS) {
             sllm_status status = FAIL(queue, "cudaStreamCreateWithFlags", code, err);
             free(queue);
@@ -323,7 +332,7 @@ static sllm_status cuda_queue_adopt(void *dev, uint64_t stream, void **queue_out
     const cuda_device *device = dev;
     *queue_out = NULL;
     int current = -1;
-    int code = device->cuda->cudaGetDevice(&current);
+    int code = CALL(device, cudaGetDevice, &current);
     if (code != SLLMI_CUDA_SUCCESS) {
         return FAIL(device, "cudaGetDevice", code, err);
     }
@@ -339,7 +348,7 @@ static bool cuda_queue_is_here(void *argument)
 {
     const cuda_queue *queue = argument;
     int current = -1;
-    return queue->cuda->cudaGetDevice(&current) == SLLMI_CUDA_SUCCESS && current == queue->ordinal;
+    return CALL(queue, cudaGetDevice, &current) == SLLMI_CUDA_SUCCESS && current == queue->ordinal;
 }
 
 static sllm_status cuda_queue_bind(void *argument, sllm_error *err)
@@ -355,7 +364,7 @@ static void cuda_queue_close(void *argument)
     if (queue != NULL) {
         sllmi_fences_end(&queue->fences);
         if (queue->own_stream) {
-            (void)queue->cuda->cudaStreamDestroy(queue->stream);
+            (void)CALL(queue, cudaStreamDestroy, queue->stream);
         }
         free(queue);
     }
@@ -366,8 +375,8 @@ static sllm_status cuda_copy(void *argument, uint64_t dst, const void *src, size
 {
     cuda_queue *queue = argument;
     queue->drained = false;
-    int code = queue->cuda->cudaMemcpyAsync((void *)(uintptr_t)dst, src, bytes,
-                                            SLLMI_CUDA_MEMCPY_HOST_TO_DEVICE, queue->stream);
+    int code = CALL(queue, cudaMemcpyAsync, (void *)(uintptr_t)dst, src, bytes,
+                    SLLMI_CUDA_MEMCPY_HOST_TO_DEVICE, queue->stream);
     return code == SLLMI_CUDA_SUCCESS ? SLLM_OK : FAIL(queue, "cudaMemcpyAsync", code, err);
 }
 
@@ -399,10 +408,10 @@ static sllm_status cuda_drain(void *argument, uint32_t timeout_ms, sllm_error *e
     /* After the fence it tells whether a copy failed. Without one, as when there is no event to be
      * had, the stream's end is the copies' only known one. */
     uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
-    int code = queue->cuda->cudaStreamQuery(queue->stream);
+    int code = CALL(queue, cudaStreamQuery, queue->stream);
     while (status != SLLM_OK && code == SLLMI_CUDA_NOT_READY && sllmi_now_ns() < deadline) {
         sllmi_sleep_ns(STREAM_PAUSE_NS);
-        code = queue->cuda->cudaStreamQuery(queue->stream);
+        code = CALL(queue, cudaStreamQuery, queue->stream);
     }
     if (code == SLLMI_CUDA_NOT_READY && status != SLLM_OK) {
         return sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");

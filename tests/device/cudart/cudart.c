@@ -35,16 +35,34 @@ aclError aclrtDestroyEvent(void *event);
 aclError aclrtMemcpyAsync(void *target, size_t target_bytes, const void *source, size_t bytes,
                           uint32_t kind, void *stream);
 
+static _Thread_local int last_error;
+
+/* What cudaGetLastError() tells of a call; "not ready" is no less an error to it. */
+static int answer(int code)
+{
+    last_error = code == SLLMI_CUDA_SUCCESS ? last_error : code;
+    return code;
+}
+
+#undef EMU_ENTER
+#define EMU_ENTER(...)                                                                             \
+    do {                                                                                           \
+        aclError injected_ = emu_enter(__func__, __VA_ARGS__);                                     \
+        if (injected_ != ACL_SUCCESS) {                                                            \
+            return answer(injected_);                                                              \
+        }                                                                                          \
+    } while (0)
+
 static int in_cuda(aclError code)
 {
     switch (code) {
-    case ACL_SUCCESS: return SLLMI_CUDA_SUCCESS;
-    case RT_MEMORY_ALLOCATION: return SLLMI_CUDA_MEMORY_ALLOCATION;
-    case RT_NO_DEVICE: return SLLMI_CUDA_NO_DEVICE;
-    case RT_INVALID_DEVICEID: return CUDA_INVALID_DEVICE;
+    case ACL_SUCCESS: return answer(SLLMI_CUDA_SUCCESS);
+    case RT_MEMORY_ALLOCATION: return answer(SLLMI_CUDA_MEMORY_ALLOCATION);
+    case RT_NO_DEVICE: return answer(SLLMI_CUDA_NO_DEVICE);
+    case RT_INVALID_DEVICEID: return answer(CUDA_INVALID_DEVICE);
     case RT_PARAM_INVALID:
-    case RT_INVALID_HANDLE: return CUDA_INVALID_VALUE;
-    default: return CUDA_UNKNOWN;
+    case RT_INVALID_HANDLE: return answer(CUDA_INVALID_VALUE);
+    default: return answer(CUDA_UNKNOWN);
     }
 }
 
@@ -78,7 +96,9 @@ int cudaGetDevice(int *device_out)
 
 int cudaGetLastError(void)
 {
-    return SLLMI_CUDA_SUCCESS;
+    int code = last_error;
+    last_error = SLLMI_CUDA_SUCCESS;
+    return code;
 }
 
 const char *cudaGetErrorName(int error)
@@ -132,7 +152,7 @@ int cudaStreamQuery(void *handle)
     uint32_t busy;
     aclError code = aclrtStreamQuery(handle, &busy);
     if (code == ACL_SUCCESS && busy != 0) {
-        return SLLMI_CUDA_NOT_READY;
+        return answer(SLLMI_CUDA_NOT_READY);
     }
     if (code == ACL_SUCCESS) {
         code = emu_stream_of(handle, &stream, __func__);
@@ -158,7 +178,7 @@ int cudaEventQuery(void *event)
     EMU_ENTER("(%p)", event);
     uint32_t done = 0;
     aclError code = aclrtQueryEventStatus(event, &done);
-    return code == ACL_SUCCESS && done == 0 ? SLLMI_CUDA_NOT_READY : in_cuda(code);
+    return code == ACL_SUCCESS && done == 0 ? answer(SLLMI_CUDA_NOT_READY) : in_cuda(code);
 }
 
 int cudaEventDestroy(void *event)

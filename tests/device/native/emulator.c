@@ -21,6 +21,7 @@ static void (*fail_next)(const char *);
 static int (*has_failed)(void);
 static void (*hold)(int);
 static int (*thread_device)(void);
+static int (*last_error)(void);
 
 const char *backend(void)
 {
@@ -63,6 +64,9 @@ static void load_library(void)
     look_up(library, "aclemuFailed", &has_failed);
     look_up(library, "aclemuHold", &hold);
     look_up(library, "aclemuThreadDevice", &thread_device);
+    if (is_cuda()) {
+        look_up(library, "cudaGetLastError", &last_error);
+    }
 }
 
 const sllmi_acl *emulator(void)
@@ -128,6 +132,8 @@ static void *run_errand(void *argument)
 {
     struct errand *errand = argument;
     errand->run(errand->argument);
+    (void)emulator();
+    CHECK_U64(is_cuda() ? last_error() : 0, 0);
     return NULL;
 }
 

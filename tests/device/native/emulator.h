@@ -35,7 +35,8 @@ void emulator_check(void);
 /* Nothing was left behind. */
 void emulator_check_empty(void);
 
-/* Run something on a thread of its own, which ends with it. */
+/* Run something on a thread of its own, which ends with it. No error is left to it that CUDA would
+ * tell of to whoever asks next: torch asks after every kernel. */
 void on_a_thread(void (*run)(void *), void *argument);
 
 #endif
