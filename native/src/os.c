@@ -48,18 +48,25 @@ static int64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes)
     return (int64_t)pages.cached;
 }
 
+/* Those that a thread's own faults raise: blocked, they would end the process without a handler's
+ * word, such as Python's faulthandler has. */
+static const int faults[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
+
 static int os_thread_create(pthread_t *thread_out, void *(*run)(void *), void *argument)
 {
     pthread_attr_t attributes;
-    sigset_t all, before;
+    sigset_t others, before;
     int rc = pthread_attr_init(&attributes);
     if (rc != 0) {
         return rc;
     }
     (void)pthread_attr_setstacksize(&attributes, WORKER_STACK_BYTES);
-    /* Signals belong to the application's threads: a worker starts with all of them blocked. */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    /* All others belong to the application's threads: a worker starts with them blocked. */
+    sigfillset(&others);
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) {
+        sigdelset(&others, faults[i]);
+    }
+    pthread_sigmask(SIG_SETMASK, &others, &before);
     rc = pthread_create(thread_out, &attributes, run, argument);
     if (rc == EINVAL) { /* a program's thread-local storage lies in the stack, and may not fit */
         rc = pthread_create(thread_out, NULL, run, argument);

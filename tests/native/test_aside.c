@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -98,6 +99,28 @@ TEST(without_memory_or_threads_nothing_is_called)
     CHECK_TEXT(err.message, "cannot start a thread for pinning memory on fake:3");
     CHECK(request.memory == NULL);
     system_end();
+}
+
+static sllm_status look_at_signals(sllmi_request *request, sllm_error *err)
+{
+    (void)request, (void)err;
+    sigset_t blocked;
+    CHECK(pthread_sigmask(SIG_BLOCK, NULL, &blocked) == 0);
+    CHECK(sigismember(&blocked, SIGINT) && sigismember(&blocked, SIGTERM) &&
+          sigismember(&blocked, SIGALRM) && sigismember(&blocked, SIGUSR1));
+    CHECK(!sigismember(&blocked, SIGSEGV) && !sigismember(&blocked, SIGBUS));
+    return SLLM_OK;
+}
+
+TEST(a_thread_of_ours_takes_no_signal_but_of_its_own_faults)
+{
+    sllmi_request request = request_for(look_at_signals, 60000);
+    sllm_error err;
+    sigset_t before, after;
+    CHECK(pthread_sigmask(SIG_BLOCK, NULL, &before) == 0);
+    CHECK_OK(sllmi_aside(&request, &err), &err);
+    CHECK(pthread_sigmask(SIG_BLOCK, NULL, &after) == 0);
+    CHECK(sigismember(&before, SIGINT) == sigismember(&after, SIGINT));
 }
 
 /* ---- fences -------------------------------------------------------------------------------- */
