@@ -161,13 +161,14 @@ static sllm_status open_files(sllm_segment *segment, int writable_dir, int reada
     (void)snprintf(name, sizeof name, "segment-%ld-%u", (long)getpid(),
                    atomic_fetch_add(&count, 1));
     segment->fd = openat(writable_dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0400);
-    /* O_PATH does not count as open: it holds no lease back. */
-    segment->open_fd = openat(readable_dir, name, O_PATH | O_CLOEXEC);
     int os_errno = errno;
     if (segment->fd >= 0) {
+        /* O_PATH does not count as open: it holds no lease back. */
+        segment->open_fd = openat(readable_dir, name, O_PATH | O_CLOEXEC);
+        os_errno = errno;
         (void)unlinkat(writable_dir, name, 0);
     }
-    if (segment->fd < 0 || segment->open_fd < 0) {
+    if (segment->open_fd < 0) {
         return sllmi_fail(err, SLLM_E_IO, os_errno, "cannot make a file for a segment: %s (%s)",
                           strerror(os_errno), sllmi_errno_name(os_errno));
     }

@@ -165,6 +165,10 @@ TEST(a_tmpfs_that_readers_could_write_to_is_refused)
     CHECK_STATUS(sllm_segment_create_in(directories[0], directories[0], BYTES, &segment, &err),
                  &err, SLLM_E_UNSUPPORTED);
     CHECK_STATUS(sllm_segment_create_in(-1, -1, BYTES, &segment, &err), &err, SLLM_E_IO);
+    /* What keeps the file from being is said, and not what follows from that. */
+    CHECK_STATUS(sllm_segment_create_in(directories[1], directories[0], BYTES, &segment, &err),
+                 &err, SLLM_E_IO);
+    CHECK_U64(err.os_errno, EROFS);
 }
 
 TEST(the_creator_goes_on_writing)
