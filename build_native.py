@@ -36,7 +36,7 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=["native/include"],
     extra_compile_args=FLAGS,
-    libraries=["pthread"],
+    libraries=["pthread", "dl"],  # of their own before glibc 2.34
     # One wheel serves CPython 3.10 and later.
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     py_limited_api=True,

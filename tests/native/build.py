@@ -86,7 +86,7 @@ def build_programs(mode: str, programs: list[Path]) -> dict[str, Path]:
             target = folder / program.stem
             if not _is_current(target, [own, *shared]):
                 parts = [str(part) for part in (own, *shared)]
-                _run([compiler(), *FLAGS, *MODES[mode], *parts, "-o", str(target)])
+                _run([compiler(), *FLAGS, *MODES[mode], *parts, "-ldl", "-o", str(target)])
             return target
 
         linked = list(pool.map(link_one, programs, objects))
