@@ -122,7 +122,7 @@ static sllm_status check_extent(const sllm_job *job, const sllm_extent *extent, 
 
 static sllm_status allocate(sllm_job *job, uint32_t file_count, sllm_error *err)
 {
-    job->sources = sllmi_sys.alloc((file_count + 1) * sizeof *job->sources);
+    job->sources = sllmi_sys.alloc(((size_t)file_count + 1) * sizeof *job->sources);
     job->readers = sllmi_sys.alloc(job->reader_count * sizeof *job->readers);
     bool whole = job->sources != NULL && job->readers != NULL;
     if (job->device_count > 0) {
