@@ -204,8 +204,8 @@ sllm_status sllm_gather_copy(sllm_gather *gather, uint64_t target, const void *s
         return status;
     }
     uint64_t bytes;
-    if (target == 0 || source == NULL || __builtin_mul_overflow(rows, row_bytes, &bytes) ||
-        bytes > INT64_MAX || source_stride_bytes > INT64_MAX ||
+    if (__builtin_mul_overflow(rows, row_bytes, &bytes) || bytes > INT64_MAX ||
+        (bytes > 0 && (target == 0 || source == NULL)) || source_stride_bytes > INT64_MAX ||
         (rows > 1 && source_stride_bytes < row_bytes && source_stride_bytes > 0)) {
         return sllmi_fail(err, SLLM_E_INVALID, 0,
                           "a slice of %llu rows of %llu bytes, %llu apart, is not one",

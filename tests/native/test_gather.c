@@ -256,6 +256,7 @@ TEST(what_is_no_slice_and_no_gather_is_refused)
     CHECK_STATUS(sllm_gather_open(bench.device, NULL, 0, &gather, &err), &err, SLLM_E_INVALID);
     CHECK_OK(sllm_gather_copy(bench.gather, at, target, 0, 1, 1, 0, &err), &err);
     CHECK_OK(sllm_gather_copy(bench.gather, at, target, 1, 0, 0, 0, &err), &err);
+    CHECK_OK(sllm_gather_copy(bench.gather, 0, NULL, 0, 1, 1, 0, &err), &err); /* as torch has it */
     CHECK_OK(sllm_gather_close(NULL, 0, &err), &err);
     CHECK_U64(fake_calls(FAKE_COPY), 0);
     close_bench(&bench);
