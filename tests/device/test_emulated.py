@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,13 @@ PROFILES = {
 CUDA = "cuda"
 
 
-def check(program: str, mode: str, profile: str, directory: Path) -> None:
+def check(
+    program: str,
+    mode: str,
+    profile: str,
+    directory: Path,
+    settings: Mapping[str, str] | None = None,
+) -> None:
     if profile == CUDA:
         environment = {"EMULATED_BACKEND": "cuda", "ACLEMU_CHECK_SRC": "1", "ACLEMU_DELAY_US": "50"}
         folder = cuda(mode)
@@ -50,6 +57,7 @@ def check(program: str, mode: str, profile: str, directory: Path) -> None:
             "LD_LIBRARY_PATH": str(folder),
             **(SANITIZED if mode != "plain" else {}),
             **environment,
+            **(settings or {}),
         },
     )
 
@@ -62,6 +70,12 @@ def test_loads_and_gathers_are_right(profile: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("profile", ["newest", "cann_8.0", CUDA])
 def test_every_failure_is_explained_and_leaves_nothing(profile: str, tmp_path: Path) -> None:
     check("test_accelerator_faults", "plain", profile, tmp_path)
+
+
+@pytest.mark.parametrize("profile", ["newest", CUDA])
+def test_copies_overlap_reads(profile: str, tmp_path: Path) -> None:
+    rate = {"ACLEMU_H2D_MBPS": "64", "ACLEMU_DELAY_US": "0"}
+    check("test_accelerator_overlap", "plain", profile, tmp_path, rate)
 
 
 @pytest.mark.parametrize(
