@@ -76,9 +76,10 @@ static const struct {
     {507901, true, "ACL_ERROR_RT_SOCKET_CLOSE"},
 };
 
+sllmi_acl sllmi_acl_api;
+
 static struct {
     pthread_mutex_t lock;
-    sllmi_acl acl;
     pid_t pid; /* that started it; 0: none yet */
     bool wants_aligned;
     atomic_int fatal[MAX_DEVICES]; /* the code that made the device unusable */
@@ -86,14 +87,15 @@ static struct {
 
 /* Decided by presence where a name tells: versions are written in many ways. The names are of 8.5
  * and of 8.1; what has neither is taken for old, which is slower and never wrong. */
-static bool is_old(const sllmi_acl *acl)
+static bool is_old(void)
 {
     sllmi_acl_package_version version = {0};
-    if (acl->aclsysGetVersionStr != NULL) {
+    if (sllmi_acl_api.aclsysGetVersionStr != NULL) {
         return false;
     }
-    if (acl->aclsysGetCANNVersion == NULL ||
-        acl->aclsysGetCANNVersion(SLLMI_ACL_PKG_NAME_CANN, &version) != SLLMI_ACL_SUCCESS) {
+    if (sllmi_acl_api.aclsysGetCANNVersion == NULL ||
+        sllmi_acl_api.aclsysGetCANNVersion(SLLMI_ACL_PKG_NAME_CANN, &version) !=
+            SLLMI_ACL_SUCCESS) {
         return true;
     }
     int major = atoi(version.major), minor = atoi(version.minor);
@@ -103,27 +105,25 @@ static bool is_old(const sllmi_acl *acl)
 static sllm_status start(sllm_error *err)
 {
     void *handle;
-    sllmi_acl acl;
     sllm_status status = sllmi_dl_open(&library, &handle, err);
     if (status == SLLM_OK) {
         status = sllmi_dl_resolve(&library, handle, symbols, sizeof symbols / sizeof symbols[0],
-                                  &acl, err);
+                                  &sllmi_acl_api, err);
     }
     if (status != SLLM_OK) {
         return status;
     }
     /* Never finalized: that would end the runtime for torch too, and at exit in no known order. */
-    int code = acl.aclInit(NULL);
+    int code = sllmi_acl_api.aclInit(NULL);
     if (code != SLLMI_ACL_SUCCESS && code != SLLMI_ACL_REPEAT_INITIALIZE) {
-        return sllmi_acl_fail(&acl, -1, "aclInit", code, err);
+        return sllmi_acl_status(-1, "aclInit", code, err);
     }
-    runtime.acl = acl;
-    runtime.wants_aligned = is_old(&acl);
+    runtime.wants_aligned = is_old();
     runtime.pid = getpid();
     return SLLM_OK;
 }
 
-sllm_status sllmi_acl_load(const sllmi_acl **acl_out, sllm_error *err)
+sllm_status sllmi_acl_load(sllm_error *err)
 {
     pthread_mutex_lock(&runtime.lock);
     sllm_status status = SLLM_OK;
@@ -135,7 +135,6 @@ sllm_status sllmi_acl_load(const sllmi_acl **acl_out, sllm_error *err)
                             (long)runtime.pid);
     }
     pthread_mutex_unlock(&runtime.lock);
-    *acl_out = status == SLLM_OK ? &runtime.acl : NULL;
     return status;
 }
 
@@ -145,9 +144,9 @@ bool sllmi_acl_wants_aligned(void)
 }
 
 /* The runtime's own words on one line; they are gone with its next call. */
-static void recent_message(const sllmi_acl *acl, char *text)
+static void recent_message(char *text)
 {
-    const char *message = acl->aclGetRecentErrMsg();
+    const char *message = sllmi_acl_api.aclGetRecentErrMsg();
     (void)snprintf(text, TEXT_BYTES, "%s", message == NULL ? "" : message);
     size_t length = 0;
     for (const char *from = text; *from != '\0'; from++) {
@@ -161,13 +160,15 @@ static void recent_message(const sllmi_acl *acl, char *text)
     text[length > 0 && text[length - 1] == ' ' ? length - 1 : length] = '\0';
 }
 
-sllm_status sllmi_acl_fail(const sllmi_acl *acl, int32_t ordinal, const char *function, int code,
-                           sllm_error *err)
+sllm_status sllmi_acl_status(int32_t ordinal, const char *function, int code, sllm_error *err)
 {
     char text[TEXT_BYTES], device[24] = "npu";
     const char *name = "a code of its own";
     bool fatal = false;
-    recent_message(acl, text);
+    if (code == SLLMI_ACL_SUCCESS) {
+        return SLLM_OK;
+    }
+    recent_message(text);
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
         if (codes[i].code == code) {
             name = codes[i].name;

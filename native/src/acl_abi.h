@@ -42,8 +42,7 @@ typedef struct sllmi_acl_package_version {
     X(true, int, aclrtFreeHost, (void *memory))                                                    \
     X(true, int, aclrtCreateStream, (void **stream_out))                                           \
     X(true, int, aclrtDestroyStream, (void *stream))                                               \
-    X(true, int, aclrtSynchronizeStream, (void *stream))                                           \
-    X(false, int, aclrtSynchronizeStreamWithTimeout, (void *stream, int32_t timeout_ms))           \
+    X(true, int, aclrtSynchronizeStreamWithTimeout, (void *stream, int32_t timeout_ms))            \
     X(true, int, aclrtCreateEventExWithFlag, (void **event_out, uint32_t flag))                    \
     X(true, int, aclrtRecordEvent, (void *event, void *stream))                                    \
     X(true, int, aclrtQueryEventStatus, (void *event, unsigned *status_out))                       \

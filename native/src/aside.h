@@ -19,6 +19,7 @@ typedef struct sllmi_request {
     const char *backend;
     int32_t ordinal;
     uint32_t timeout_ms;
+    const struct sllmi_accelerator_ops *ops; /* what else run() needs */
     size_t bytes;
     void *memory;
     int32_t count;

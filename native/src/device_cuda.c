@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "aside.h"
+#include "accelerator.h"
 #include "cuda_abi.h"
 #include "device.h"
 #include "dl.h"
@@ -14,8 +14,6 @@
 #include "fences.h"
 #include "os.h"
 
-#define START_TIMEOUT_MS 120000u
-#define CALL_TIMEOUT_MS 60000u
 #define STREAM_PAUSE_NS 500000u /* between two questions whether a stream is done */
 
 static const char *const names[] = {"libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0",
@@ -30,40 +28,32 @@ static const sllmi_dl_library library = {
 static const sllmi_dl_symbol symbols[] = {SLLMI_CUDA_FUNCTIONS(SYMBOL)};
 #undef SYMBOL
 
+static sllmi_cuda api; /* to be called after load() */
+
 static struct {
     pthread_mutex_t lock;
-    sllmi_cuda cuda;
     pid_t pid; /* that loaded it; 0: none yet */
 } runtime = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-typedef struct cuda_device {
-    const sllmi_cuda *cuda;
-    int32_t ordinal;
-} cuda_device;
-
 typedef struct cuda_queue {
-    const sllmi_cuda *cuda;
     int32_t ordinal;
     void *stream;
     bool own_stream;
-    bool drained; /* the last fence stands behind the last copy */
     sllmi_fences fences;
 } cuda_queue;
 
-static sllm_status load(const sllmi_cuda **cuda_out, sllm_error *err)
+static sllm_status load(sllm_error *err)
 {
     sllm_status status = SLLM_OK;
     void *handle;
     pthread_mutex_lock(&runtime.lock);
     if (runtime.pid == 0) {
-        sllmi_cuda cuda;
         status = sllmi_dl_open(&library, &handle, err);
         if (status == SLLM_OK) {
             status = sllmi_dl_resolve(&library, handle, symbols, sizeof symbols / sizeof symbols[0],
-                                      &cuda, err);
+                                      &api, err);
         }
         if (status == SLLM_OK) {
-            runtime.cuda = cuda;
             runtime.pid = getpid();
         }
     } else if (runtime.pid != getpid()) {
@@ -72,184 +62,88 @@ static sllm_status load(const sllmi_cuda **cuda_out, sllm_error *err)
                             (long)runtime.pid);
     }
     pthread_mutex_unlock(&runtime.lock);
-    *cuda_out = status == SLLM_OK ? &runtime.cuda : NULL;
     return status;
 }
 
-/* The answer of a call. A runtime keeps the last error of each thread, "not ready" among them, and
+/* The code of a call. A runtime keeps the last error of each thread, "not ready" among them, and
  * torch asks for it after every kernel: it must not find ours. */
-static int answer(const sllmi_cuda *cuda, int code)
+static int forgotten(int code)
 {
     if (code != SLLMI_CUDA_SUCCESS) {
-        (void)cuda->cudaGetLastError();
+        (void)api.cudaGetLastError();
     }
     return code;
 }
 
-#define CALL(where, function, ...) answer((where)->cuda, (where)->cuda->function(__VA_ARGS__))
-
-static sllm_status fail(const sllmi_cuda *cuda, int32_t ordinal, const char *function, int code,
-                        sllm_error *err)
+static sllm_status status_of(int32_t ordinal, const char *function, int code, sllm_error *err)
 {
+    if (code == SLLMI_CUDA_SUCCESS) {
+        return SLLM_OK;
+    }
     sllm_status status = code == SLLMI_CUDA_MEMORY_ALLOCATION ? SLLM_E_NOMEM : SLLM_E_DEVICE;
     return sllmi_fail_device(err, status, code, "cuda:%d: %s failed with %d (%s): %s", ordinal,
-                             function, code, cuda->cudaGetErrorName(code),
-                             cuda->cudaGetErrorString(code));
+                             function, code, api.cudaGetErrorName(code),
+                             api.cudaGetErrorString(code));
 }
 
-#define FAIL(where, function, code, err) fail((where)->cuda, (where)->ordinal, function, code, err)
+#define CALL(ordinal, err, function, ...)                                                          \
+    status_of(ordinal, #function, forgotten(api.function(__VA_ARGS__)), err)
 
-/* ---- what must not happen on the caller's thread ------------------------------------------- */
+/* ---- the device: on threads of ours -------------------------------------------------------- */
 
-static sllm_status count_devices(sllmi_request *request, sllm_error *err)
+static sllm_status count_devices(int32_t *count_out, sllm_error *err)
 {
-    const sllmi_cuda *cuda;
-    sllm_status status = load(&cuda, err);
+    sllm_status status = load(err);
     if (status == SLLM_OK) {
-        int code = cuda->cudaGetDeviceCount(&request->count);
+        int code = api.cudaGetDeviceCount(count_out);
         if (code == SLLMI_CUDA_NO_DEVICE) {
-            request->count = 0;
+            *count_out = 0;
         } else if (code == SLLMI_CUDA_INSUFFICIENT_DRIVER) {
             status = sllmi_fail_device(err, SLLM_E_NO_DEVICE, code,
                                        "the NVIDIA driver is missing, or older than %s needs",
                                        library.what);
-        } else if (code != SLLMI_CUDA_SUCCESS) {
-            status = fail(cuda, 0, "cudaGetDeviceCount", code, err);
+        } else {
+            status = status_of(0, "cudaGetDeviceCount", code, err);
         }
     }
     return status;
 }
 
-static sllm_status set_device(int32_t ordinal, const sllmi_cuda **cuda_out, sllm_error *err)
+static sllm_status set_device(int32_t ordinal, sllm_error *err)
 {
-    sllm_status status = load(cuda_out, err);
-    if (status == SLLM_OK) {
-        int code = (*cuda_out)->cudaSetDevice(ordinal);
-        if (code != SLLMI_CUDA_SUCCESS) {
-            status = fail(*cuda_out, ordinal, "cudaSetDevice", code, err);
-        }
-    }
-    return status;
-}
-
-static sllm_status start_device(sllmi_request *request, sllm_error *err)
-{
-    const sllmi_cuda *cuda;
-    return set_device(request->ordinal, &cuda, err);
+    sllm_status status = load(err);
+    return status == SLLM_OK ? CALL(ordinal, err, cudaSetDevice, ordinal) : status;
 }
 
 /* cudaHostAlloc gives whole pages: it maps them. */
-static sllm_status pin(sllmi_request *request, sllm_error *err)
+static sllm_status pin(int32_t ordinal, size_t bytes, void **memory_out, sllm_error *err)
 {
-    const sllmi_cuda *cuda;
-    sllm_status status = set_device(request->ordinal, &cuda, err);
-    if (status == SLLM_OK) {
-        int code =
-            cuda->cudaHostAlloc(&request->memory, request->bytes, SLLMI_CUDA_HOST_ALLOC_PORTABLE);
-        if (code != SLLMI_CUDA_SUCCESS) {
-            status = fail(cuda, request->ordinal, "cudaHostAlloc", code, err);
-        }
-    }
-    if (status == SLLM_OK && (uintptr_t)request->memory % SLLM_PAGE_BYTES != 0) {
-        (void)cuda->cudaFreeHost(request->memory);
+    sllm_status status =
+        CALL(ordinal, err, cudaHostAlloc, memory_out, bytes, SLLMI_CUDA_HOST_ALLOC_PORTABLE);
+    if (status == SLLM_OK && (uintptr_t)*memory_out % SLLM_PAGE_BYTES != 0) {
+        (void)api.cudaFreeHost(*memory_out);
         status = sllmi_fail(err, SLLM_E_UNSUPPORTED, 0,
-                            "cuda:%d: pinned memory does not start at a page", request->ordinal);
+                            "cuda:%d: pinned memory does not start at a page", ordinal);
     }
     return status;
 }
 
-static sllm_status unpin(sllmi_request *request, sllm_error *err)
+static void unpin(void *memory)
 {
-    const sllmi_cuda *cuda;
-    sllm_status status = set_device(request->ordinal, &cuda, err);
-    if (cuda != NULL) { /* a device that fails is no reason to keep the memory */
-        (void)cuda->cudaFreeHost(request->memory);
-    }
-    return status;
+    (void)api.cudaFreeHost(memory);
 }
 
-static void unpin_late(sllmi_request *request)
-{
-    sllm_error ignored;
-    (void)unpin(request, &ignored);
-}
-
-/* ---- the device ---------------------------------------------------------------------------- */
+static const sllmi_accelerator_ops accelerator = {
+    .name = "cuda", .count = count_devices, .set_device = set_device, .pin = pin, .unpin = unpin};
 
 static sllm_status cuda_probe(int32_t *count_out, sllm_error *err)
 {
-    sllmi_request request = {.run = count_devices,
-                             .what = "counting devices",
-                             .backend = "cuda",
-                             .timeout_ms = START_TIMEOUT_MS};
-    sllm_status status = sllmi_aside(&request, err);
-    *count_out = status == SLLM_OK ? request.count : 0;
-    return status;
+    return sllmi_accelerator_probe(&accelerator, count_out, err);
 }
 
 static sllm_status cuda_open(int32_t ordinal, void **dev_out, sllm_error *err)
 {
-    *dev_out = NULL;
-    sllmi_request request = {.run = start_device,
-                             .what = "starting the device",
-                             .backend = "cuda",
-                             .ordinal = ordinal,
-                             .timeout_ms = START_TIMEOUT_MS};
-    cuda_device *device = sllmi_sys.alloc(sizeof *device);
-    if (device == NULL) {
-        return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for cuda:%d", ordinal);
-    }
-    device->ordinal = ordinal;
-    sllm_status status = load(&device->cuda, err);
-    if (status == SLLM_OK) {
-        status = sllmi_aside(&request, err);
-    }
-    if (status != SLLM_OK) {
-        free(device);
-        return status;
-    }
-    *dev_out = device;
-    return SLLM_OK;
-}
-
-static void cuda_close(void *dev)
-{
-    free(dev);
-}
-
-static sllm_status cuda_bind_thread(void *dev, sllm_error *err)
-{
-    const cuda_device *device = dev;
-    const sllmi_cuda *cuda;
-    return set_device(device->ordinal, &cuda, err);
-}
-
-static sllm_status cuda_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_error *err)
-{
-    const cuda_device *device = dev;
-    sllmi_request request = {.run = pin,
-                             .undo = unpin_late,
-                             .what = "pinning memory",
-                             .backend = "cuda",
-                             .ordinal = device->ordinal,
-                             .timeout_ms = CALL_TIMEOUT_MS,
-                             .bytes = bytes};
-    sllm_status status = sllmi_aside(&request, err);
-    *ptr_out = status == SLLM_OK ? request.memory : NULL;
-    return status;
-}
-
-static sllm_status cuda_host_free(void *dev, void *ptr)
-{
-    const cuda_device *device = dev;
-    sllmi_request request = {.run = unpin,
-                             .what = "unpinning memory",
-                             .backend = "cuda",
-                             .ordinal = device->ordinal,
-                             .timeout_ms = CALL_TIMEOUT_MS,
-                             .memory = ptr};
-    sllm_error ignored;
-    return sllmi_aside(&request, &ignored) == SLLM_E_TIMEOUT ? SLLM_E_TIMEOUT : SLLM_OK;
+    return sllmi_accelerator_open(&accelerator, ordinal, dev_out, err);
 }
 
 /* ---- queues: a stream, and events as fences ------------------------------------------------ */
@@ -257,63 +151,57 @@ static sllm_status cuda_host_free(void *dev, void *ptr)
 static sllm_status event_create(void *argument, void **event_out, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = CALL(queue, cudaEventCreateWithFlags, event_out, SLLMI_CUDA_EVENT_DISABLE_TIMING);
-    if (code != SLLMI_CUDA_SUCCESS) {
+    sllm_status status = CALL(queue->ordinal, err, cudaEventCreateWithFlags, event_out,
+                              SLLMI_CUDA_EVENT_DISABLE_TIMING);
+    if (status != SLLM_OK) {
         *event_out = NULL;
-        return FAIL(queue, "cudaEventCreateWithFlags", code, err);
     }
-    return SLLM_OK;
+    return status;
 }
 
 static sllm_status event_record(void *argument, void *event, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = CALL(queue, cudaEventRecord, event, queue->stream);
-    return code == SLLMI_CUDA_SUCCESS ? SLLM_OK : FAIL(queue, "cudaEventRecord", code, err);
+    return CALL(queue->ordinal, err, cudaEventRecord, event, queue->stream);
 }
 
 static sllm_status event_query(void *argument, void *event, bool *passed_out, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    int code = CALL(queue, cudaEventQuery, event);
+    int code = forgotten(api.cudaEventQuery(event));
     *passed_out = code == SLLMI_CUDA_SUCCESS;
-    return code == SLLMI_CUDA_SUCCESS || code == SLLMI_CUDA_NOT_READY
-               ? SLLM_OK
-               : FAIL(queue, "cudaEventQuery", code, err);
+    return code == SLLMI_CUDA_NOT_READY ? SLLM_OK
+                                        : status_of(queue->ordinal, "cudaEventQuery", code, err);
 }
 
 static void event_destroy(void *argument, void *event)
 {
     cuda_queue *queue = argument;
-    (void)CALL(queue, cudaEventDestroy, event);
+    (void)CALL(queue->ordinal, NULL, cudaEventDestroy, event);
 }
 
 static const sllmi_event_ops event_ops = {
     .create = event_create, .record = event_record, .query = event_query, .destroy = event_destroy};
 
 /* A queue on a stream, or with NULL on a new one of the thread's current device. */
-static sllm_status make_queue(const cuda_device *device, void *stream, void **queue_out,
-                              sllm_error *err)
+static sllm_status make_queue(int32_t ordinal, void *stream, void **queue_out, sllm_error *err)
 {
     *queue_out = NULL;
     cuda_queue *queue = sllmi_sys.alloc(sizeof *queue);
     if (queue == NULL) {
         return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for copies to cuda:%d",
-                          device->ordinal);
+                          ordinal);
     }
-    queue->cuda = device->cuda;
-    queue->ordinal = device->ordinal;
+    queue->ordinal = ordinal;
     queue->stream = stream;
     queue->own_stream = stream == NULL;
-    queue->drained = true;
     queue->fences.ops = &event_ops;
     queue->fences.queue = queue;
     if (queue->own_stream) {
         /* Not blocked by the default stream, on which torch computes. */
-        int code =
-            CALL(queue, cudaStreamCreateWithFlags, &queue->stream, SLLMI_CUDA_STREAM_NON_BLOCKING);
-        if (code != SLLMI_CUDA_SUCCESS) {
-            sllm_status status = FAIL(queue, "cudaStreamCreateWithFlags", code, err);
+        sllm_status status = CALL(ordinal, err, cudaStreamCreateWithFlags, &queue->stream,
+                                  SLLMI_CUDA_STREAM_NON_BLOCKING);
+        if (status != SLLM_OK) {
             free(queue);
             return status;
         }
@@ -324,38 +212,39 @@ static sllm_status make_queue(const cuda_device *device, void *stream, void **qu
 
 static sllm_status cuda_queue_open(void *dev, void **queue_out, sllm_error *err)
 {
-    return make_queue(dev, NULL, queue_out, err);
+    const sllmi_accelerator *device = dev;
+    return make_queue(device->ordinal, NULL, queue_out, err);
 }
 
 static sllm_status cuda_queue_adopt(void *dev, uint64_t stream, void **queue_out, sllm_error *err)
 {
-    const cuda_device *device = dev;
-    *queue_out = NULL;
+    const sllmi_accelerator *device = dev;
     int current = -1;
-    int code = CALL(device, cudaGetDevice, &current);
-    if (code != SLLMI_CUDA_SUCCESS) {
-        return FAIL(device, "cudaGetDevice", code, err);
+    *queue_out = NULL;
+    sllm_status status = CALL(device->ordinal, err, cudaGetDevice, &current);
+    if (status != SLLM_OK) {
+        return status;
     }
     if (current != device->ordinal) {
         return sllmi_fail(err, SLLM_E_INVALID, 0,
                           "the calling thread is on cuda:%d, not on cuda:%d", current,
                           device->ordinal);
     }
-    return make_queue(device, (void *)(uintptr_t)stream, queue_out, err);
+    return make_queue(device->ordinal, (void *)(uintptr_t)stream, queue_out, err);
 }
 
 static bool cuda_queue_is_here(void *argument)
 {
     const cuda_queue *queue = argument;
     int current = -1;
-    return CALL(queue, cudaGetDevice, &current) == SLLMI_CUDA_SUCCESS && current == queue->ordinal;
+    return CALL(queue->ordinal, NULL, cudaGetDevice, &current) == SLLM_OK &&
+           current == queue->ordinal;
 }
 
 static sllm_status cuda_queue_bind(void *argument, sllm_error *err)
 {
     const cuda_queue *queue = argument;
-    const sllmi_cuda *cuda;
-    return set_device(queue->ordinal, &cuda, err);
+    return set_device(queue->ordinal, err);
 }
 
 static void cuda_queue_close(void *argument)
@@ -364,7 +253,7 @@ static void cuda_queue_close(void *argument)
     if (queue != NULL) {
         sllmi_fences_end(&queue->fences);
         if (queue->own_stream) {
-            (void)CALL(queue, cudaStreamDestroy, queue->stream);
+            (void)CALL(queue->ordinal, NULL, cudaStreamDestroy, queue->stream);
         }
         free(queue);
     }
@@ -374,18 +263,15 @@ static sllm_status cuda_copy(void *argument, uint64_t dst, const void *src, size
                              sllm_error *err)
 {
     cuda_queue *queue = argument;
-    queue->drained = false;
-    int code = CALL(queue, cudaMemcpyAsync, (void *)(uintptr_t)dst, src, bytes,
-                    SLLMI_CUDA_MEMCPY_HOST_TO_DEVICE, queue->stream);
-    return code == SLLMI_CUDA_SUCCESS ? SLLM_OK : FAIL(queue, "cudaMemcpyAsync", code, err);
+    queue->fences.behind = true;
+    return CALL(queue->ordinal, err, cudaMemcpyAsync, (void *)(uintptr_t)dst, src, bytes,
+                SLLMI_CUDA_MEMCPY_HOST_TO_DEVICE, queue->stream);
 }
 
 static sllm_status cuda_fence(void *argument, uint64_t *fence_out, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    sllm_status status = sllmi_fences_add(&queue->fences, fence_out, err);
-    queue->drained = queue->drained || status == SLLM_OK;
-    return status;
+    return sllmi_fences_add(&queue->fences, fence_out, err);
 }
 
 static sllm_status cuda_wait(void *argument, uint64_t fence, uint32_t timeout_ms, sllm_error *err)
@@ -397,29 +283,23 @@ static sllm_status cuda_wait(void *argument, uint64_t fence, uint32_t timeout_ms
 static sllm_status cuda_drain(void *argument, uint32_t timeout_ms, sllm_error *err)
 {
     cuda_queue *queue = argument;
-    uint64_t fence;
-    sllm_status status = queue->drained ? SLLM_OK : cuda_fence(queue, &fence, err);
-    if (status == SLLM_OK) {
-        status = cuda_wait(queue, queue->fences.last, timeout_ms, err);
-    }
+    sllm_status status = sllmi_fences_drain(&queue->fences, timeout_ms, err);
     if (status == SLLM_E_BUSY) {
         return status;
     }
     /* After the fence it tells whether a copy failed. Without one, as when there is no event to be
      * had, the stream's end is the copies' only known one. */
     uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
-    int code = CALL(queue, cudaStreamQuery, queue->stream);
+    int code = forgotten(api.cudaStreamQuery(queue->stream));
     while (status != SLLM_OK && code == SLLMI_CUDA_NOT_READY && sllmi_now_ns() < deadline) {
         sllmi_sleep_ns(STREAM_PAUSE_NS);
-        code = CALL(queue, cudaStreamQuery, queue->stream);
+        code = forgotten(api.cudaStreamQuery(queue->stream));
     }
-    if (code == SLLMI_CUDA_NOT_READY && status != SLLM_OK) {
-        return sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
+    if (code == SLLMI_CUDA_NOT_READY) { /* of a fence that has passed: what came after it */
+        return status == SLLM_OK ? SLLM_OK
+                                 : sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
     }
-    if (code != SLLMI_CUDA_SUCCESS && code != SLLMI_CUDA_NOT_READY && status == SLLM_OK) {
-        status = FAIL(queue, "cudaStreamQuery", code, err);
-    }
-    return status;
+    return status == SLLM_OK ? status_of(queue->ordinal, "cudaStreamQuery", code, err) : status;
 }
 
 const sllmi_device_ops sllmi_device_cuda = {
@@ -428,10 +308,10 @@ const sllmi_device_ops sllmi_device_cuda = {
     .caps = SLLMI_DEV_PINNED,
     .probe = cuda_probe,
     .open = cuda_open,
-    .close = cuda_close,
-    .bind_thread = cuda_bind_thread,
-    .host_alloc = cuda_host_alloc,
-    .host_free = cuda_host_free,
+    .close = sllmi_accelerator_close,
+    .bind_thread = sllmi_accelerator_bind_thread,
+    .host_alloc = sllmi_accelerator_host_alloc,
+    .host_free = sllmi_accelerator_host_free,
     .queue_open = cuda_queue_open,
     .queue_close = cuda_queue_close,
     .copy = cuda_copy,

@@ -6,71 +6,47 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "accelerator.h"
 #include "acl.h"
 #include "align.h"
-#include "aside.h"
 #include "device.h"
 #include "error.h"
 #include "fences.h"
 #include "os.h"
 
-#define START_TIMEOUT_MS 120000u /* the first call of a machine starts its driver's processes */
 #define CALL_TIMEOUT_MS 60000u
 
-typedef struct npu_device {
-    const sllmi_acl *acl;
-    int32_t ordinal;
-} npu_device;
-
 typedef struct npu_queue {
-    const sllmi_acl *acl;
     int32_t ordinal;
     void *stream;
     bool own_stream;
     bool adopted;       /* its thread is the caller's */
     void *context;      /* the one it was adopted in */
     bool wants_aligned; /* asynchronous copies take only aligned addresses */
-    bool drained;       /* the last fence stands behind the last copy */
     sllmi_fences fences;
 } npu_queue;
 
-#define FAIL(where, function, code, err)                                                           \
-    sllmi_acl_fail((where)->acl, (where)->ordinal, function, code, err)
+/* ---- the device: on threads of ours -------------------------------------------------------- */
 
-/* ---- what must not happen on the caller's thread ------------------------------------------- */
-
-static sllm_status count_devices(sllmi_request *request, sllm_error *err)
+static sllm_status count_devices(int32_t *count_out, sllm_error *err)
 {
-    const sllmi_acl *acl;
     uint32_t count = 0;
-    sllm_status status = sllmi_acl_load(&acl, err);
+    sllm_status status = sllmi_acl_load(err);
     if (status == SLLM_OK) {
-        int code = acl->aclrtGetDeviceCount(&count);
-        if (code != SLLMI_ACL_SUCCESS && code != SLLMI_ACL_NO_DEVICE) {
-            status = sllmi_acl_fail(acl, -1, "aclrtGetDeviceCount", code, err);
-        }
+        int code = sllmi_acl_api.aclrtGetDeviceCount(&count);
+        status = code == SLLMI_ACL_NO_DEVICE
+                     ? SLLM_OK
+                     : sllmi_acl_status(-1, "aclrtGetDeviceCount", code, err);
     }
-    request->count = (int32_t)count;
+    *count_out = (int32_t)count;
     return status;
 }
 
 /* Each thread of ours starts with this; nothing is reset afterwards, for torch shares the device. */
-static sllm_status set_device(int32_t ordinal, const sllmi_acl **acl_out, sllm_error *err)
+static sllm_status set_device(int32_t ordinal, sllm_error *err)
 {
-    sllm_status status = sllmi_acl_load(acl_out, err);
-    if (status == SLLM_OK) {
-        int code = (*acl_out)->aclrtSetDevice(ordinal);
-        if (code != SLLMI_ACL_SUCCESS) {
-            status = sllmi_acl_fail(*acl_out, ordinal, "aclrtSetDevice", code, err);
-        }
-    }
-    return status;
-}
-
-static sllm_status start_device(sllmi_request *request, sllm_error *err)
-{
-    const sllmi_acl *acl;
-    return set_device(request->ordinal, &acl, err);
+    sllm_status status = sllmi_acl_load(err);
+    return status == SLLM_OK ? SLLMI_ACL_CALL(ordinal, err, aclrtSetDevice, ordinal) : status;
 }
 
 /* aclrtMallocHost promises 64 bytes of alignment; direct reads want a page. The address that it
@@ -80,123 +56,40 @@ static void **raw_address(void *slot)
     return (void **)slot - 1;
 }
 
-static sllm_status pin(sllmi_request *request, sllm_error *err)
+static sllm_status pin(int32_t ordinal, size_t bytes, void **memory_out, sllm_error *err)
 {
-    const sllmi_acl *acl;
     void *raw = NULL;
-    sllm_status status = set_device(request->ordinal, &acl, err);
+    sllm_status status =
+        SLLMI_ACL_CALL(ordinal, err, aclrtMallocHost, &raw, bytes + SLLM_PAGE_BYTES);
     if (status != SLLM_OK) {
         return status;
     }
-    int code = acl->aclrtMallocHost(&raw, request->bytes + SLLM_PAGE_BYTES);
-    if (code != SLLMI_ACL_SUCCESS) {
-        return sllmi_acl_fail(acl, request->ordinal, "aclrtMallocHost", code, err);
-    }
     uint64_t address = sllmi_align_up((uintptr_t)raw + sizeof raw, SLLM_PAGE_BYTES);
-    request->memory = (void *)(uintptr_t)address;
-    *raw_address(request->memory) = raw;
+    *memory_out = (void *)(uintptr_t)address;
+    *raw_address(*memory_out) = raw;
     return SLLM_OK;
 }
 
-static sllm_status unpin(sllmi_request *request, sllm_error *err)
+static void unpin(void *memory)
 {
-    const sllmi_acl *acl;
-    sllm_status status = set_device(request->ordinal, &acl, err);
-    if (acl != NULL) { /* a device that fails is no reason to keep the memory */
-        (void)acl->aclrtFreeHost(*raw_address(request->memory));
-    }
-    return status;
+    (void)sllmi_acl_api.aclrtFreeHost(*raw_address(memory));
 }
 
-static void unpin_late(sllmi_request *request)
-{
-    sllm_error ignored;
-    (void)unpin(request, &ignored);
-}
-
-/* ---- the device ---------------------------------------------------------------------------- */
+static const sllmi_accelerator_ops accelerator = {.name = "npu",
+                                                  .count = count_devices,
+                                                  .usable = sllmi_acl_usable,
+                                                  .set_device = set_device,
+                                                  .pin = pin,
+                                                  .unpin = unpin};
 
 static sllm_status npu_probe(int32_t *count_out, sllm_error *err)
 {
-    sllmi_request request = {.run = count_devices,
-                             .what = "counting devices",
-                             .backend = "npu",
-                             .timeout_ms = START_TIMEOUT_MS};
-    sllm_status status = sllmi_aside(&request, err);
-    *count_out = status == SLLM_OK ? request.count : 0;
-    return status;
+    return sllmi_accelerator_probe(&accelerator, count_out, err);
 }
 
 static sllm_status npu_open(int32_t ordinal, void **dev_out, sllm_error *err)
 {
-    *dev_out = NULL;
-    sllmi_request request = {.run = start_device,
-                             .what = "starting the device",
-                             .backend = "npu",
-                             .ordinal = ordinal,
-                             .timeout_ms = START_TIMEOUT_MS};
-    npu_device *device = sllmi_sys.alloc(sizeof *device);
-    if (device == NULL) {
-        return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for npu:%d", ordinal);
-    }
-    device->ordinal = ordinal;
-    sllm_status status = sllmi_acl_load(&device->acl, err);
-    if (status == SLLM_OK) {
-        status = sllmi_acl_usable(ordinal, err);
-    }
-    if (status == SLLM_OK) {
-        status = sllmi_aside(&request, err);
-    }
-    if (status != SLLM_OK) {
-        free(device);
-        return status;
-    }
-    *dev_out = device;
-    return SLLM_OK;
-}
-
-static void npu_close(void *dev)
-{
-    free(dev);
-}
-
-static sllm_status npu_bind_thread(void *dev, sllm_error *err)
-{
-    const npu_device *device = dev;
-    const sllmi_acl *acl;
-    sllm_status status = sllmi_acl_usable(device->ordinal, err);
-    return status == SLLM_OK ? set_device(device->ordinal, &acl, err) : status;
-}
-
-static sllm_status npu_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_error *err)
-{
-    const npu_device *device = dev;
-    sllmi_request request = {.run = pin,
-                             .undo = unpin_late,
-                             .what = "pinning memory",
-                             .backend = "npu",
-                             .ordinal = device->ordinal,
-                             .timeout_ms = CALL_TIMEOUT_MS,
-                             .bytes = bytes};
-    sllm_status status = sllmi_acl_usable(device->ordinal, err);
-    if (status == SLLM_OK) {
-        status = sllmi_aside(&request, err);
-    }
-    *ptr_out = status == SLLM_OK ? request.memory : NULL;
-    return status;
-}
-
-static sllm_status npu_host_free(void *dev, void *ptr)
-{
-    const npu_device *device = dev;
-    sllmi_request request = {.run = unpin,
-                             .what = "unpinning memory",
-                             .backend = "npu",
-                             .ordinal = device->ordinal,
-                             .timeout_ms = CALL_TIMEOUT_MS,
-                             .memory = ptr};
-    sllm_error ignored;
-    return sllmi_aside(&request, &ignored) == SLLM_E_TIMEOUT ? SLLM_E_TIMEOUT : SLLM_OK;
+    return sllmi_accelerator_open(&accelerator, ordinal, dev_out, err);
 }
 
 /* ---- queues: a stream, and events as fences ------------------------------------------------ */
@@ -204,61 +97,54 @@ static sllm_status npu_host_free(void *dev, void *ptr)
 static sllm_status event_create(void *argument, void **event_out, sllm_error *err)
 {
     npu_queue *queue = argument;
-    int code =
-        queue->acl->aclrtCreateEventExWithFlag(event_out, SLLMI_ACL_EVENT_CAPTURE_STREAM_PROGRESS);
-    if (code != SLLMI_ACL_SUCCESS) {
+    sllm_status status = SLLMI_ACL_CALL(queue->ordinal, err, aclrtCreateEventExWithFlag, event_out,
+                                        SLLMI_ACL_EVENT_CAPTURE_STREAM_PROGRESS);
+    if (status != SLLM_OK) {
         *event_out = NULL;
-        return FAIL(queue, "aclrtCreateEventExWithFlag", code, err);
     }
-    return SLLM_OK;
+    return status;
 }
 
 static sllm_status event_record(void *argument, void *event, sllm_error *err)
 {
     npu_queue *queue = argument;
-    int code = queue->acl->aclrtRecordEvent(event, queue->stream);
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtRecordEvent", code, err);
+    return SLLMI_ACL_CALL(queue->ordinal, err, aclrtRecordEvent, event, queue->stream);
 }
 
 static sllm_status event_query(void *argument, void *event, bool *passed_out, sllm_error *err)
 {
     npu_queue *queue = argument;
     unsigned state = 0;
-    int code = queue->acl->aclrtQueryEventStatus(event, &state);
+    sllm_status status = SLLMI_ACL_CALL(queue->ordinal, err, aclrtQueryEventStatus, event, &state);
     *passed_out = state == SLLMI_ACL_EVENT_RECORDED_STATUS_COMPLETE;
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtQueryEventStatus", code, err);
+    return status;
 }
 
 static void event_destroy(void *argument, void *event)
 {
     npu_queue *queue = argument;
-    (void)queue->acl->aclrtDestroyEvent(event);
+    (void)SLLMI_ACL_CALL(queue->ordinal, NULL, aclrtDestroyEvent, event);
 }
 
 static const sllmi_event_ops event_ops = {
     .create = event_create, .record = event_record, .query = event_query, .destroy = event_destroy};
 
 /* A queue on a stream, or with NULL on a new one of the thread's current context. */
-static sllm_status make_queue(const npu_device *device, void *stream, npu_queue **queue_out,
-                              sllm_error *err)
+static sllm_status make_queue(int32_t ordinal, void *stream, npu_queue **queue_out, sllm_error *err)
 {
     npu_queue *queue = sllmi_sys.alloc(sizeof *queue);
     if (queue == NULL) {
-        return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for copies to npu:%d",
-                          device->ordinal);
+        return sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for copies to npu:%d", ordinal);
     }
-    queue->acl = device->acl;
-    queue->ordinal = device->ordinal;
+    queue->ordinal = ordinal;
     queue->stream = stream;
     queue->own_stream = stream == NULL;
     queue->wants_aligned = sllmi_acl_wants_aligned();
-    queue->drained = true;
     queue->fences.ops = &event_ops;
     queue->fences.queue = queue;
     if (queue->own_stream) {
-        int code = queue->acl->aclrtCreateStream(&queue->stream);
-        if (code != SLLMI_ACL_SUCCESS) {
-            sllm_status status = FAIL(queue, "aclrtCreateStream", code, err);
+        sllm_status status = SLLMI_ACL_CALL(ordinal, err, aclrtCreateStream, &queue->stream);
+        if (status != SLLM_OK) {
             free(queue);
             return status;
         }
@@ -269,41 +155,45 @@ static sllm_status make_queue(const npu_device *device, void *stream, npu_queue 
 
 static sllm_status npu_queue_open(void *dev, void **queue_out, sllm_error *err)
 {
+    const sllmi_accelerator *device = dev;
     npu_queue *queue = NULL;
-    sllm_status status = make_queue(dev, NULL, &queue, err);
+    sllm_status status = make_queue(device->ordinal, NULL, &queue, err);
     *queue_out = queue;
     return status;
 }
 
-static sllm_status npu_queue_adopt(void *dev, uint64_t stream, void **queue_out, sllm_error *err)
+/* The context that the calling thread is in, if it is one of the device. */
+static sllm_status find_context(int32_t ordinal, void **context_out, sllm_error *err)
 {
-    const npu_device *device = dev;
-    npu_queue *queue = NULL;
-    *queue_out = NULL;
-    sllm_status status = sllmi_acl_usable(device->ordinal, err);
+    int32_t current = -1;
+    sllm_status status = SLLMI_ACL_CALL(ordinal, err, aclrtGetDevice, &current);
     if (status != SLLM_OK) {
         return status;
     }
-    int32_t current = -1;
-    int code = device->acl->aclrtGetDevice(&current);
-    if (code != SLLMI_ACL_SUCCESS) {
-        return FAIL(device, "aclrtGetDevice", code, err);
-    }
-    if (current != device->ordinal) {
+    if (current != ordinal) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "the calling thread is on npu:%d, not on npu:%d",
-                          current, device->ordinal);
+                          current, ordinal);
     }
+    return SLLMI_ACL_CALL(ordinal, err, aclrtGetCurrentContext, context_out);
+}
+
+static sllm_status npu_queue_adopt(void *dev, uint64_t stream, void **queue_out, sllm_error *err)
+{
+    const sllmi_accelerator *device = dev;
+    npu_queue *queue = NULL;
     void *context = NULL;
-    code = device->acl->aclrtGetCurrentContext(&context);
-    if (code != SLLMI_ACL_SUCCESS) {
-        return FAIL(device, "aclrtGetCurrentContext", code, err);
+    sllm_status status = sllmi_acl_usable(device->ordinal, err);
+    if (status == SLLM_OK) {
+        status = find_context(device->ordinal, &context, err);
     }
-    status = make_queue(device, (void *)(uintptr_t)stream, &queue, err);
+    if (status == SLLM_OK) {
+        status = make_queue(device->ordinal, (void *)(uintptr_t)stream, &queue, err);
+    }
     if (status == SLLM_OK) {
         queue->adopted = true;
         queue->context = context;
-        *queue_out = queue;
     }
+    *queue_out = queue;
     return status;
 }
 
@@ -311,15 +201,14 @@ static bool npu_queue_is_here(void *argument)
 {
     const npu_queue *queue = argument;
     void *context = NULL;
-    int code = queue->acl->aclrtGetCurrentContext(&context);
-    return code == SLLMI_ACL_SUCCESS && context == queue->context;
+    return SLLMI_ACL_CALL(queue->ordinal, NULL, aclrtGetCurrentContext, &context) == SLLM_OK &&
+           context == queue->context;
 }
 
 static sllm_status npu_queue_bind(void *argument, sllm_error *err)
 {
     const npu_queue *queue = argument;
-    int code = queue->acl->aclrtSetCurrentContext(queue->context);
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtSetCurrentContext", code, err);
+    return SLLMI_ACL_CALL(queue->ordinal, err, aclrtSetCurrentContext, queue->context);
 }
 
 static void npu_queue_close(void *argument)
@@ -328,7 +217,7 @@ static void npu_queue_close(void *argument)
     if (queue != NULL) {
         sllmi_fences_end(&queue->fences);
         if (queue->own_stream) {
-            (void)queue->acl->aclrtDestroyStream(queue->stream);
+            (void)SLLMI_ACL_CALL(queue->ordinal, NULL, aclrtDestroyStream, queue->stream);
         }
         free(queue);
     }
@@ -337,9 +226,7 @@ static void npu_queue_close(void *argument)
 static sllm_status npu_fence(void *argument, uint64_t *fence_out, sllm_error *err)
 {
     npu_queue *queue = argument;
-    sllm_status status = sllmi_fences_add(&queue->fences, fence_out, err);
-    queue->drained = queue->drained || status == SLLM_OK;
-    return status;
+    return sllmi_fences_add(&queue->fences, fence_out, err);
 }
 
 static sllm_status npu_wait(void *argument, uint64_t fence, uint32_t timeout_ms, sllm_error *err)
@@ -350,25 +237,18 @@ static sllm_status npu_wait(void *argument, uint64_t fence, uint32_t timeout_ms,
 
 static sllm_status synchronize(const npu_queue *queue, uint64_t timeout_ms, sllm_error *err)
 {
-    const sllmi_acl *acl = queue->acl;
-    int code = acl->aclrtSynchronizeStreamWithTimeout != NULL
-                   ? acl->aclrtSynchronizeStreamWithTimeout(
-                         queue->stream, (int32_t)sllmi_min(timeout_ms, INT32_MAX))
-                   : acl->aclrtSynchronizeStream(queue->stream);
+    int code = sllmi_acl_api.aclrtSynchronizeStreamWithTimeout(
+        queue->stream, (int32_t)sllmi_min(timeout_ms, INT32_MAX));
     if (code == SLLMI_ACL_STREAM_SYNC_TIMEOUT) {
         return sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
     }
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtSynchronizeStream", code, err);
+    return sllmi_acl_status(queue->ordinal, "aclrtSynchronizeStreamWithTimeout", code, err);
 }
 
 static sllm_status npu_drain(void *argument, uint32_t timeout_ms, sllm_error *err)
 {
     npu_queue *queue = argument;
-    uint64_t fence;
-    sllm_status status = queue->drained ? SLLM_OK : npu_fence(queue, &fence, err);
-    if (status == SLLM_OK) {
-        status = npu_wait(queue, queue->fences.last, timeout_ms, err);
-    }
+    sllm_status status = sllmi_fences_drain(&queue->fences, timeout_ms, err);
     if (status == SLLM_E_BUSY) {
         return status;
     }
@@ -394,14 +274,14 @@ static sllm_status copy_misaligned(npu_queue *queue, void *dst, const void *src,
 {
     /* Not ordered by any stream: on the caller's, what it has queued before comes first. */
     if (queue->adopted) {
-        queue->drained = false;
+        queue->fences.behind = true;
         sllm_status status = npu_drain(queue, CALL_TIMEOUT_MS, err);
         if (status != SLLM_OK) {
             return status;
         }
     }
-    int code = queue->acl->aclrtMemcpy(dst, bytes, src, bytes, SLLMI_ACL_MEMCPY_HOST_TO_DEVICE);
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtMemcpy", code, err);
+    return SLLMI_ACL_CALL(queue->ordinal, err, aclrtMemcpy, dst, bytes, src, bytes,
+                          SLLMI_ACL_MEMCPY_HOST_TO_DEVICE);
 }
 
 static sllm_status npu_copy(void *argument, uint64_t dst, const void *src, size_t bytes,
@@ -412,10 +292,9 @@ static sllm_status npu_copy(void *argument, uint64_t dst, const void *src, size_
     if (queue->wants_aligned && (dst | (uintptr_t)src) % SLLMI_ACL_ALIGN_BYTES != 0) {
         return copy_misaligned(queue, target, src, bytes, err);
     }
-    queue->drained = false;
-    int code = queue->acl->aclrtMemcpyAsync(target, bytes, src, bytes,
-                                            SLLMI_ACL_MEMCPY_HOST_TO_DEVICE, queue->stream);
-    return code == SLLMI_ACL_SUCCESS ? SLLM_OK : FAIL(queue, "aclrtMemcpyAsync", code, err);
+    queue->fences.behind = true;
+    return SLLMI_ACL_CALL(queue->ordinal, err, aclrtMemcpyAsync, target, bytes, src, bytes,
+                          SLLMI_ACL_MEMCPY_HOST_TO_DEVICE, queue->stream);
 }
 
 const sllmi_device_ops sllmi_device_npu = {
@@ -424,10 +303,10 @@ const sllmi_device_ops sllmi_device_npu = {
     .caps = SLLMI_DEV_PINNED,
     .probe = npu_probe,
     .open = npu_open,
-    .close = npu_close,
-    .bind_thread = npu_bind_thread,
-    .host_alloc = npu_host_alloc,
-    .host_free = npu_host_free,
+    .close = sllmi_accelerator_close,
+    .bind_thread = sllmi_accelerator_bind_thread,
+    .host_alloc = sllmi_accelerator_host_alloc,
+    .host_free = sllmi_accelerator_host_free,
     .queue_open = npu_queue_open,
     .queue_close = npu_queue_close,
     .copy = npu_copy,

@@ -27,6 +27,7 @@ sllm_status sllmi_fences_add(sllmi_fences *fences, uint64_t *fence_out, sllm_err
     }
     if (status == SLLM_OK) {
         *fence_out = ++fences->last;
+        fences->behind = false;
     }
     return status;
 }
@@ -55,6 +56,13 @@ sllm_status sllmi_fences_wait(sllmi_fences *fences, uint64_t fence, uint32_t tim
         pause = sllmi_min(2 * pause, PAUSE_LAST_NS);
     }
     return SLLM_OK;
+}
+
+sllm_status sllmi_fences_drain(sllmi_fences *fences, uint32_t timeout_ms, sllm_error *err)
+{
+    uint64_t fence;
+    sllm_status status = fences->behind ? sllmi_fences_add(fences, &fence, err) : SLLM_OK;
+    return status == SLLM_OK ? sllmi_fences_wait(fences, fences->last, timeout_ms, err) : status;
 }
 
 void sllmi_fences_end(sllmi_fences *fences)

@@ -23,6 +23,7 @@ typedef struct sllmi_fences {
     void *events[SLLMI_MAX_FENCES]; /* made when first needed, then used in turn */
     uint64_t last;                  /* number of the newest fence; the first is 1 */
     uint64_t passed;
+    bool behind; /* something was queued after the newest fence: set by whoever does that */
 } sllmi_fences;
 
 /* Mark the stream's present end. SLLM_E_INVALID when too many are under way. */
@@ -30,6 +31,8 @@ sllm_status sllmi_fences_add(sllmi_fences *fences, uint64_t *fence_out, sllm_err
 /* SLLM_OK when the fence has passed, SLLM_E_BUSY when it has not after timeout_ms. */
 sllm_status sllmi_fences_wait(sllmi_fences *fences, uint64_t fence, uint32_t timeout_ms,
                               sllm_error *err);
+/* The same for all that was queued so far. Another failure: nobody knows when that is done. */
+sllm_status sllmi_fences_drain(sllmi_fences *fences, uint32_t timeout_ms, sllm_error *err);
 void sllmi_fences_end(sllmi_fences *fences);
 
 #endif

@@ -57,7 +57,7 @@ static void load_library(void)
     look_up(library, "aclrtSetDevice", &acl.aclrtSetDevice);
     look_up(library, "aclrtCreateStream", &acl.aclrtCreateStream);
     look_up(library, "aclrtDestroyStream", &acl.aclrtDestroyStream);
-    look_up(library, "aclrtSynchronizeStream", &acl.aclrtSynchronizeStream);
+    look_up(library, "aclrtSynchronizeStreamWithTimeout", &acl.aclrtSynchronizeStreamWithTimeout);
     look_up(library, "aclemuStat", &stat_of);
     look_up(library, "aclemuPeek", &peek);
     look_up(library, "aclemuFail", &fail_next);

@@ -385,7 +385,7 @@ static void gather_rows(void *argument)
     }
     free(source);
     if (!test->own_stream) {
-        CHECK(acl->aclrtSynchronizeStream(stream) == 0); /* it is alive still */
+        CHECK(acl->aclrtSynchronizeStreamWithTimeout(stream, 60000) == 0); /* it is alive still */
         CHECK(acl->aclrtDestroyStream(stream) == 0);
     }
 }
