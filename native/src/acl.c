@@ -31,52 +31,60 @@ static const sllmi_dl_symbol symbols[] = {SLLMI_ACL_FUNCTIONS(SYMBOL)};
 #undef SYMBOL
 
 /* Names of the codes that a loader may meet. Source: acl/error_codes/rt_error_codes.h and
- * acl/acl_base.h. `fatal`: the device answers nothing more in this process. */
+ * acl/acl_base.h. */
 static const struct {
     int code;
-    bool fatal;
     const char *name;
 } codes[] = {
-    {100000, false, "ACL_ERROR_INVALID_PARAM"},
-    {100001, false, "ACL_ERROR_UNINITIALIZE"},
-    {100003, false, "ACL_ERROR_INVALID_FILE"},
-    {107000, false, "ACL_ERROR_RT_PARAM_INVALID"},
-    {107001, false, "ACL_ERROR_RT_INVALID_DEVICEID"},
-    {107002, false, "ACL_ERROR_RT_CONTEXT_NULL"},
-    {107003, false, "ACL_ERROR_RT_STREAM_CONTEXT"},
-    {107008, false, "ACL_ERROR_RT_ADDR_UNALIGNED"},
-    {107016, false, "ACL_ERROR_RT_INVALID_MEMORY_TYPE"},
-    {107017, false, "ACL_ERROR_RT_INVALID_HANDLE"},
-    {107019, false, "ACL_ERROR_RT_WAIT_TIMEOUT"},
-    {107020, false, "ACL_ERROR_RT_TASK_TIMEOUT"},
-    {107022, false, "ACL_ERROR_RT_DEVICE_TASK_ABORT"},
-    {107023, false, "ACL_ERROR_RT_STREAM_ABORT"},
-    {207000, false, "ACL_ERROR_RT_FEATURE_NOT_SUPPORT"},
-    {207001, false, "ACL_ERROR_RT_MEMORY_ALLOCATION"},
-    {207002, false, "ACL_ERROR_RT_MEMORY_FREE"},
-    {207004, false, "ACL_ERROR_RT_NO_DEVICE"},
-    {207005, false, "ACL_ERROR_RT_RESOURCE_ALLOC_FAIL"},
-    {207006, false, "ACL_ERROR_RT_NO_PERMISSION"},
-    {207007, false, "ACL_ERROR_RT_NO_EVENT_RESOURCE"},
-    {207008, false, "ACL_ERROR_RT_NO_STREAM_RESOURCE"},
-    {207018, false, "ACL_ERROR_RT_DEVICE_OOM"},
-    {507000, true, "ACL_ERROR_RT_INTERNAL_ERROR"},
-    {507001, true, "ACL_ERROR_RT_TS_ERROR"},
-    {507010, true, "ACL_ERROR_RT_LOST_HEARTBEAT"},
-    {507013, true, "ACL_ERROR_RT_SYS_DMA"},
-    {507018, true, "ACL_ERROR_RT_AICPU_EXCEPTION"},
-    {507033, true, "ACL_ERROR_RT_DEV_SETUP_ERROR"},
-    {507046, false, "ACL_ERROR_RT_STREAM_SYNC_TIMEOUT"},
-    {507047, false, "ACL_ERROR_RT_EVENT_SYNC_TIMEOUT"},
-    {507052, true, "ACL_ERROR_RT_COPY_DATA"},
-    {507053, true, "ACL_ERROR_RT_DEVICE_MEM_ERROR"},
-    {507054, true, "ACL_ERROR_RT_HBM_MULTI_BIT_ECC_ERROR"},
-    {507056, true, "ACL_ERROR_RT_LINK_ERROR"},
-    {507899, true, "ACL_ERROR_RT_DRV_INTERNAL_ERROR"},
-    {507901, true, "ACL_ERROR_RT_SOCKET_CLOSE"},
+    {100000, "ACL_ERROR_INVALID_PARAM"},
+    {100001, "ACL_ERROR_UNINITIALIZE"},
+    {100003, "ACL_ERROR_INVALID_FILE"},
+    {107000, "ACL_ERROR_RT_PARAM_INVALID"},
+    {107001, "ACL_ERROR_RT_INVALID_DEVICEID"},
+    {107002, "ACL_ERROR_RT_CONTEXT_NULL"},
+    {107003, "ACL_ERROR_RT_STREAM_CONTEXT"},
+    {107008, "ACL_ERROR_RT_ADDR_UNALIGNED"},
+    {107016, "ACL_ERROR_RT_INVALID_MEMORY_TYPE"},
+    {107017, "ACL_ERROR_RT_INVALID_HANDLE"},
+    {107019, "ACL_ERROR_RT_WAIT_TIMEOUT"},
+    {107020, "ACL_ERROR_RT_TASK_TIMEOUT"},
+    {107022, "ACL_ERROR_RT_DEVICE_TASK_ABORT"},
+    {107023, "ACL_ERROR_RT_STREAM_ABORT"},
+    {207000, "ACL_ERROR_RT_FEATURE_NOT_SUPPORT"},
+    {207001, "ACL_ERROR_RT_MEMORY_ALLOCATION"},
+    {207002, "ACL_ERROR_RT_MEMORY_FREE"},
+    {207004, "ACL_ERROR_RT_NO_DEVICE"},
+    {207005, "ACL_ERROR_RT_RESOURCE_ALLOC_FAIL"},
+    {207006, "ACL_ERROR_RT_NO_PERMISSION"},
+    {207007, "ACL_ERROR_RT_NO_EVENT_RESOURCE"},
+    {207008, "ACL_ERROR_RT_NO_STREAM_RESOURCE"},
+    {207018, "ACL_ERROR_RT_DEVICE_OOM"},
+    {507000, "ACL_ERROR_RT_INTERNAL_ERROR"},
+    {507001, "ACL_ERROR_RT_TS_ERROR"},
+    {507010, "ACL_ERROR_RT_LOST_HEARTBEAT"},
+    {507013, "ACL_ERROR_RT_SYS_DMA"},
+    {507018, "ACL_ERROR_RT_AICPU_EXCEPTION"},
+    {507033, "ACL_ERROR_RT_DEV_SETUP_ERROR"},
+    {507046, "ACL_ERROR_RT_STREAM_SYNC_TIMEOUT"},
+    {507047, "ACL_ERROR_RT_EVENT_SYNC_TIMEOUT"},
+    {507052, "ACL_ERROR_RT_COPY_DATA"},
+    {507053, "ACL_ERROR_RT_DEVICE_MEM_ERROR"},
+    {507054, "ACL_ERROR_RT_HBM_MULTI_BIT_ECC_ERROR"},
+    {507056, "ACL_ERROR_RT_LINK_ERROR"},
+    {507899, "ACL_ERROR_RT_DRV_INTERNAL_ERROR"},
+    {507901, "ACL_ERROR_RT_SOCKET_CLOSE"},
 };
 
 sllmi_acl sllmi_acl_api;
+
+/* Whether the device answers nothing more in this process: what its own part of the runtime, its
+ * driver or its link reports, but for the ends of waits. */
+static bool is_fatal(int code)
+{
+    return (code / 100 == 5070 && code != SLLMI_ACL_STREAM_SYNC_TIMEOUT &&
+            code != SLLMI_ACL_EVENT_SYNC_TIMEOUT) ||
+           code == SLLMI_ACL_DRV_INTERNAL_ERROR || code == SLLMI_ACL_SOCKET_CLOSE;
+}
 
 static struct {
     pthread_mutex_t lock;
@@ -164,7 +172,7 @@ sllm_status sllmi_acl_status(int32_t ordinal, const char *function, int code, sl
 {
     char text[TEXT_BYTES], device[24] = "npu";
     const char *name = "a code of its own";
-    bool fatal = false;
+    bool fatal = is_fatal(code);
     if (code == SLLMI_ACL_SUCCESS) {
         return SLLM_OK;
     }
@@ -172,7 +180,6 @@ sllm_status sllmi_acl_status(int32_t ordinal, const char *function, int code, sl
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
         if (codes[i].code == code) {
             name = codes[i].name;
-            fatal = codes[i].fatal;
         }
     }
     if (ordinal >= 0) {

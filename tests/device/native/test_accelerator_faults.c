@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "acl.h"
 #include "check.h"
 #include "cuda_abi.h"
 #include "device.h"
@@ -331,6 +332,26 @@ TEST(a_job_whose_fences_fail_keeps_its_slots_until_the_copies_are_done)
     load_check_ring(&load);
     load_end(&load);
     emulator_check();
+}
+
+TEST(a_device_s_own_error_is_for_good_and_a_wait_s_end_is_not)
+{
+    static const int for_good[] = {507000, 507015, 507053, 507899, 507901};
+    static const int passing[] = {0, 107020, 207001, 507046, 507047, 507910};
+    sllm_error err;
+    if (is_cuda()) {
+        check_skip("CUDA's runtime says so itself, at every call");
+    }
+    CHECK_OK(sllmi_acl_load(&err), &err);
+    for (int i = 0; i < 5; i++) { /* devices that are not there */
+        CHECK_STATUS(sllmi_acl_status(10 + i, "aclrtFree", for_good[i], &err), &err, SLLM_E_DEVICE);
+        CHECK_TEXT(err.message, "this process cannot use the device any more");
+        CHECK_STATUS(sllmi_acl_usable(10 + i, &err), &err, SLLM_E_DEVICE);
+    }
+    for (int i = 0; i < 6; i++) {
+        CHECK((sllmi_acl_status(20, "aclrtFree", passing[i], &err) == SLLM_OK) == (i == 0));
+        CHECK_OK(sllmi_acl_usable(20, &err), &err);
+    }
 }
 
 /* The last one: it spoils device 1 for this process. */
