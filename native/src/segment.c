@@ -240,6 +240,20 @@ uint32_t sllm_segment_flags(const sllm_segment *segment)
     return (recyclable ? SLLM_SEGMENT_RECYCLABLE : 0) | (segment->locked ? SLLM_SEGMENT_LOCKED : 0);
 }
 
+/* Supply pages one by one. First the file gets them: a write to one that cannot be had is SIGBUS. */
+static int touch(int fd, char *start, uint64_t offset, uint64_t bytes)
+{
+    int os_errno;
+    do {
+        os_errno = posix_fallocate(fd, (off_t)offset, (off_t)bytes);
+    } while (os_errno == EINTR);
+    for (uint64_t at = 0; os_errno == 0 && at < bytes; at += SLLM_PAGE_BYTES) {
+        volatile char *byte = start + at; /* nobody else writes to a free segment */
+        *byte = *byte;
+    }
+    return os_errno;
+}
+
 sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64_t bytes,
                                   sllm_error *err)
 {
@@ -248,20 +262,17 @@ sllm_status sllm_segment_prefault(sllm_segment *segment, uint64_t offset, uint64
         return sllmi_fail(err, SLLM_E_INVALID, 0, "sllm_segment_prefault: range outside a segment");
     }
     char *start = segment->address + offset;
-    if (sllmi_sys.madvise(start, bytes, MADV_POPULATE_WRITE) != 0) {
-        if (errno != EINVAL) {
-            int os_errno = errno;
-            return sllmi_fail(err, SLLM_E_NOMEM, os_errno,
-                              "cannot supply %llu bytes of a segment: %s",
-                              (unsigned long long)bytes, strerror(os_errno));
-        }
-        /* Before Linux 5.14: write what is there already. Nobody else writes to a free segment. */
-        for (uint64_t at = 0; at < bytes; at += SLLM_PAGE_BYTES) {
-            volatile char *byte = start + at;
-            *byte = *byte;
-        }
+    int os_errno = 0;
+    if (bytes > 0 && sllmi_sys.madvise(start, bytes, MADV_POPULATE_WRITE) != 0) {
+        os_errno = errno;
     }
-    return SLLM_OK;
+    if (os_errno == EINVAL) { /* before Linux 5.14 */
+        os_errno = touch(segment->fd, start, offset, bytes);
+    }
+    return os_errno == 0 ? SLLM_OK
+                         : sllmi_fail(err, SLLM_E_NOMEM, os_errno,
+                                      "cannot supply %llu bytes of a segment: %s",
+                                      (unsigned long long)bytes, strerror(os_errno));
 }
 
 sllm_status sllm_segment_complete(sllm_segment *segment, sllm_error *err)

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "system.h"
 
 #define MIB (1ull << 20)
 #define BYTES (4 * MIB)
@@ -246,13 +247,14 @@ TEST(a_view_keeps_its_bytes_when_the_segment_ends)
     munmap(view, BYTES);
 }
 
-TEST(prefaulting_supplies_pages_and_refuses_what_lies_outside)
+static void check_prefault(void)
 {
     sllm_segment *segment = make();
     sllm_error err;
     unsigned char there[BYTES / 4096];
     CHECK_OK(sllm_segment_prefault(segment, 0, 2 * MIB, &err), &err);
     CHECK_OK(sllm_segment_prefault(segment, 2 * MIB, 2 * MIB, &err), &err);
+    CHECK_OK(sllm_segment_prefault(segment, BYTES, 0, &err), &err);
     CHECK(mincore(sllm_segment_address(segment), BYTES, there) == 0);
     for (size_t i = 0; i < sizeof there; i++) {
         CHECK(there[i] & 1);
@@ -262,6 +264,41 @@ TEST(prefaulting_supplies_pages_and_refuses_what_lies_outside)
     CHECK_STATUS(sllm_segment_prefault(NULL, 0, 4096, &err), &err, SLLM_E_INVALID);
     CHECK_STATUS(sllm_segment_complete(NULL, &err), &err, SLLM_E_INVALID);
     sllm_segment_destroy(segment);
+}
+
+static void before_linux_5_14(void)
+{
+    system_start();
+    system_fail(SYSTEM_MADVISE, SYSTEM_ALWAYS, EINVAL);
+}
+
+TEST(prefaulting_supplies_pages_and_refuses_what_lies_outside)
+{
+    check_prefault();
+    before_linux_5_14();
+    check_prefault();
+    system_end();
+}
+
+TEST(pages_that_cannot_be_had_are_an_error_and_no_signal)
+{
+    int directories[2];
+    mount_tmpfs(directories); /* of 64 MiB */
+    for (int old = 0; old < 2; old++) {
+        sllm_segment *segment;
+        sllm_error err;
+        CHECK_OK(sllm_segment_create_in(directories[0], directories[1], 128 * MIB, &segment, &err),
+                 &err);
+        if (old) {
+            before_linux_5_14();
+        }
+        CHECK_STATUS(sllm_segment_prefault(segment, 0, 128 * MIB, &err), &err, SLLM_E_NOMEM);
+        if (old) {
+            CHECK_U64(err.os_errno, ENOSPC);
+            system_end();
+        }
+        sllm_segment_destroy(segment);
+    }
 }
 
 /* Bytes that this process has locked. */
