@@ -287,17 +287,19 @@ static sllm_status cuda_drain(void *argument, uint32_t timeout_ms, sllm_error *e
     if (status == SLLM_E_BUSY) {
         return status;
     }
-    /* After the fence it tells whether a copy failed. Without one, as when there is no event to be
-     * had, the stream's end is the copies' only known one. */
+    /* The stream's end tells whether a copy failed. It may come after the fence's, and is the copies'
+     * only known one where there is no event to be had. */
     uint64_t deadline = sllmi_now_ns() + (uint64_t)timeout_ms * 1000000u;
     int code = forgotten(api.cudaStreamQuery(queue->stream));
-    while (status != SLLM_OK && code == SLLMI_CUDA_NOT_READY && sllmi_now_ns() < deadline) {
+    while (code == SLLMI_CUDA_NOT_READY && sllmi_now_ns() < deadline) {
         sllmi_sleep_ns(STREAM_PAUSE_NS);
         code = forgotten(api.cudaStreamQuery(queue->stream));
     }
-    if (code == SLLMI_CUDA_NOT_READY) { /* of a fence that has passed: what came after it */
-        return status == SLLM_OK ? SLLM_OK
-                                 : sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
+    if (code == SLLMI_CUDA_NOT_READY) {
+        /* On the caller's stream, after a fence that has passed, it is other work than ours. */
+        return status == SLLM_OK && !queue->own_stream
+                   ? SLLM_OK
+                   : sllmi_fail(err, SLLM_E_BUSY, 0, "the copies are not done yet");
     }
     return status == SLLM_OK ? status_of(queue->ordinal, "cudaStreamQuery", code, err) : status;
 }

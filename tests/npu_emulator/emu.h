@@ -208,7 +208,8 @@ typedef struct emu_stream {
     pthread_cond_t filled, done;
     emu_task *head, **tail;
     uint64_t queued, finished;
-    aclError error; /* of the first task that failed; later ones are skipped */
+    unsigned telling; /* 1: the task in hand is an event, which is told of before it is finished */
+    aclError error;   /* of the first task that failed; later ones are skipped */
     bool stop;
     int id;
     struct emu_stream *next;

@@ -58,8 +58,13 @@ static void *run_stream(void *argument)
             stream->tail = &stream->head;
         }
         bool skipped = stream->error != ACL_SUCCESS;
+        stream->telling = task->kind == TASK_RECORD;
         pthread_mutex_unlock(&stream->lock);
         aclError code = run_task(task, skipped);
+        if (task->kind == TASK_RECORD && emu_settings.delay_us > 0) {
+            /* An event may tell of its work before the stream does of its end. */
+            emu_sleep_s((double)emu_settings.delay_us * 1e-6);
+        }
         for (int i = 0; i < 2; i++) {
             if (task->ranges[i] != NULL) {
                 task->ranges[i]->in_flight--;
@@ -70,6 +75,7 @@ static void *run_stream(void *argument)
         pthread_mutex_lock(&stream->lock);
         stream->error = stream->error == ACL_SUCCESS ? code : stream->error;
         stream->finished++;
+        stream->telling = 0;
         pthread_cond_broadcast(&stream->done);
     }
     pthread_mutex_unlock(&stream->lock);
@@ -235,7 +241,7 @@ static aclError destroy(void *handle, const char *function)
         return code != ACL_SUCCESS ? code : emu_fail(RT_PARAM_INVALID, "%s(NULL)", function);
     }
     pthread_mutex_lock(&stream->lock);
-    if (stream->finished < stream->queued) {
+    if (stream->finished + stream->telling < stream->queued) {
         emu_counters.busy_streams_destroyed++;
     }
     stream->stop = true;
