@@ -10,7 +10,7 @@
 
 #define CHUNK_BYTES (256u << 10)
 #define CHUNKS 40u
-#define ATTEMPTS 8 /* another program may have the processor */
+#define ATTEMPTS 20
 
 static uint64_t disk_bytes_s; /* 0: as fast as it is */
 
@@ -38,7 +38,8 @@ static void make_load(test_load *load, int32_t device)
     load_add(load, 0, device, 0, CHUNKS * CHUNK_BYTES);
 }
 
-static uint64_t nanoseconds(test_load *load, uint64_t rate)
+/* Load, and keep the shortest time in seconds that it took: other programs only make it longer. */
+static void take_time(test_load *load, uint64_t rate, double *shortest)
 {
     sllm_progress progress;
     sllm_error err;
@@ -47,10 +48,10 @@ static uint64_t nanoseconds(test_load *load, uint64_t rate)
     uint64_t start = sllmi_now_ns();
     sllm_job *job = load_start(load);
     CHECK_OK(load_wait(job, &progress, &err), &err);
-    uint64_t taken = sllmi_now_ns() - start;
+    double taken = (double)(sllmi_now_ns() - start) / 1e9;
+    *shortest = taken < *shortest ? taken : *shortest;
     load_close(job);
     load_check(load);
-    return taken;
 }
 
 TEST(a_load_takes_as_long_as_the_slower_of_disk_and_link)
@@ -61,17 +62,18 @@ TEST(a_load_takes_as_long_as_the_slower_of_disk_and_link)
     make_load(&to_device, 0);
     sllmi_sys.pread = slow_pread;
     for (int i = 0; i < 3; i++) {
-        double ratio = 2;
-        for (int attempt = 0; attempt < ATTEMPTS && ratio > 1.1; attempt++) {
-            double disk = (double)nanoseconds(&to_host, rates[i]);
-            double link = (double)nanoseconds(&to_device, 0);
-            double both = (double)nanoseconds(&to_device, rates[i]);
+        double disk = 60, link = 60, both = 60;
+        bool overlap = false;
+        for (int attempt = 0; attempt < ATTEMPTS && !overlap; attempt++) {
+            take_time(&to_host, rates[i], &disk);
+            take_time(&to_device, 0, &link);
+            take_time(&to_device, rates[i], &both);
             double slower = disk > link ? disk : link;
-            ratio = both / slower < ratio ? both / slower : ratio;
-            CHECK((disk + link) / slower > 1.5); /* else one of them was not slow at all */
+            overlap = both <= 1.1 * slower && disk + link > 1.4 * slower;
         }
-        if (ratio > 1.1) {
-            check_failed(__FILE__, __LINE__, "%.2f times the slower stage", ratio);
+        if (!overlap) {
+            check_failed(__FILE__, __LINE__, "%.3f s, and %.3f s for the disk alone, %.3f the link",
+                         both, disk, link);
         }
     }
     sllmi_sys.pread = pread;
