@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from sllmctl.core.units import format_size
 from sllmctl.errors import StoreError
 from sllmctl.native import Progress, Segment
 from sllmctl.store.files import ModelFiles
 from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import collect_fds
+from sllmctl.store.protocol import MAX_PARTS, collect_fds
 from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_victims
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,19 @@ class Keeper:
             arrived: Called with parts as they become warm. Those that are already, are not
                 announced: see ``lease.model.warm``.
             settled: Called when all have that will, unless the lease is not ``waiting``.
+
+        Raises:
+            StoreError: It has too many parts.
         """
         model = self.models.get(files.identity)
         if model is None:
+            parts = sum(-(-size // self.pool.segment_bytes) for _, size in files.shards)
+            if parts > MAX_PARTS:
+                raise StoreError(
+                    f"`{files.name}` has {parts} parts of {format_size(self.pool.segment_bytes)}, "
+                    f"and a store takes {MAX_PARTS}",
+                    hint="start it with a larger --segment-size",
+                )
             model = StoredModel(files.identity, files.name, files.shards, self.pool.segment_bytes)
             self.models[files.identity] = model
         if files.named:

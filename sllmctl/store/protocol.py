@@ -22,6 +22,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 MAX_FDS = 250
 """Descriptors of one message: the kernel takes 253."""
 MAX_SHARDS = 4096
+MAX_PARTS = 65536
+"""Of one model: a list of them all fits into a message."""
 FILES_CHANGED = "the files changed while they were read"
 """The `reason` of a model whose parts may be of two versions of its files."""
 SOCKET_VARIABLE = "SLLMCTL_SOCKET"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sllmctl.errors import ReadError
+from sllmctl.errors import ReadError, StoreError
 from sllmctl.store.files import ModelFiles, take_files
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
+from sllmctl.store.protocol import MAX_MESSAGE_BYTES, MAX_PARTS, MAX_SHARDS, encode
 from sllmctl.store.residency import Lease
 
 SEGMENT = 2 * 2**20
@@ -146,6 +147,25 @@ def test_a_store_without_descriptors_left_refuses_and_forgets(
     monkeypatch.setattr("sllmctl.store.keeper.os.dup", none_left)
     with pytest.raises(OSError, match="Too many"):
         attach(keeper, path)
+    assert keeper.models == {}
+    assert keeper.pool.available() == 1
+    keeper.close()
+
+
+def test_a_model_of_too_many_parts_is_refused_before_anything_is_done_for_it(
+    tmp_path: Path,
+) -> None:
+    """A sparse file costs nobody anything, and its parts took the store's time and memory."""
+    worst = [(MAX_SHARDS - 1, MAX_PARTS - 1)] * MAX_PARTS
+    assert len(encode({"missing": worst})) < MAX_MESSAGE_BYTES - (64 << 10)
+    keeper = Keeper(Pool(SEGMENT, SEGMENT), Held().call_soon)
+    path = tmp_path / "model"
+    for size in (MAX_PARTS * SEGMENT + 1, 2**40):
+        with path.open("wb") as file:
+            file.truncate(size)
+        with pytest.raises(StoreError, match="parts of 2.1 MB, and a store takes 65536") as refused:
+            attach(keeper, path)
+        assert "--segment-size" in str(refused.value.hint)
     assert keeper.models == {}
     assert keeper.pool.available() == 1
     keeper.close()
