@@ -13,7 +13,7 @@ from typing import TypeVar
 from sllmctl.errors import StoreError
 
 DEADLINE_S = 20.0
-MAX_WAITING = 64
+MAX_THREADS = 64
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ class Lookups:
         self._loop = loop
         self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._threads = 0
+        self._late = 0  # of those that wait, whom their disk has not answered by their deadline
         self.waiting = 0
 
     def start(
@@ -43,11 +44,11 @@ class Lookups:
             deadline_s: How long to wait.
 
         Raises:
-            StoreError: Too many wait already.
+            StoreError: Every thread hangs already.
         """
-        if self.waiting >= MAX_WAITING:
+        if self._late >= MAX_THREADS:
             raise StoreError(
-                f"{self.waiting} requests wait for a disk that does not answer",
+                f"{self._late} requests wait for a disk that does not answer",
                 hint="look at `dmesg` and the mounts of the machine that runs the store",
             )
         self.waiting += 1
@@ -67,19 +68,22 @@ class Lookups:
             if not missed:
                 timer.cancel()
                 done(outcome)
-            elif outcome.exception() is None:
+                return
+            self._late -= 1
+            if outcome.exception() is None:
                 discard(outcome.result())
 
         def miss() -> None:
             nonlocal missed
             missed = True
+            self._late += 1
             late: Future[T] = Future()
             late.set_exception(StoreError(f"the disk has not answered for {deadline_s:.0f} s"))
             done(late)
 
         timer = self._loop.call_later(deadline_s, miss)
         self._work.put(run)
-        if self._threads < self.waiting:
+        if self._threads < min(self.waiting, MAX_THREADS):
             # No executor's: the interpreter would wait for those that hang at its end.
             self._threads += 1
             threading.Thread(target=self._run, name="sllm-lookup", daemon=True).start()

@@ -69,26 +69,67 @@ def test_others_are_answered_while_one_hangs(loop: asyncio.AbstractEventLoop) ->
     disk.set()
 
 
-def test_too_many_that_hang_are_refused(
+def test_more_than_there_are_threads_for_wait_their_turn(
     loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookups, "MAX_WAITING", 2)
+    """A hundred clients at once are no disk that hangs."""
+    monkeypatch.setattr(lookups, "MAX_THREADS", 2)
+    all_asked = threading.Event()
+    answers: list[int] = []
+
+    def answer(number: int) -> int:
+        all_asked.wait(60)
+        return number
+
+    def done(outcome: Future[int]) -> None:
+        answers.append(outcome.result())
+        if len(answers) == 10:
+            loop.stop()
+
+    asking = Lookups(loop)
+    for number in range(10):
+        asking.start(lambda number=number: answer(number), done, lambda _: None)
+    all_asked.set()
+    loop.run_forever()
+    assert sorted(answers) == list(range(10))
+
+
+def test_when_every_thread_hangs_others_are_refused_until_one_is_answered(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookups, "MAX_THREADS", 2)
     disk = threading.Event()
-    ended: list[bool] = []
+    late: list[Future[bool]] = []
+    discarded: list[bool] = []
 
     def done(outcome: Future[bool]) -> None:
-        ended.append(outcome.result())
-        if len(ended) == 2:
+        late.append(outcome)
+        if len(late) == 2:
+            loop.stop()
+
+    def discard(answer: bool) -> None:
+        discarded.append(answer)
+        if len(discarded) == 2:
             loop.stop()
 
     asking = Lookups(loop)
     for _ in range(2):
-        asking.start(lambda: disk.wait(60), done, lambda _: None)
+        asking.start(lambda: disk.wait(60), done, discard, deadline_s=0.01)
+    loop.run_forever()
     with pytest.raises(StoreError, match="2 requests wait for a disk"):
-        asking.start(lambda: True, done, lambda _: None)
+        asking.start(lambda: True, done, discard)
     disk.set()
     loop.run_forever()
-    assert ended == [True, True]
+    assert discarded == [True, True]
+    answers: list[bool] = []
+
+    def answered(outcome: Future[bool]) -> None:
+        answers.append(outcome.result())
+        loop.stop()
+
+    asking.start(lambda: True, answered, discard)
+    loop.run_forever()
+    assert answers == [True]
 
 
 def test_what_goes_wrong_is_told_to_who_asked(loop: asyncio.AbstractEventLoop) -> None:
