@@ -29,6 +29,7 @@ from sllmctl.store.session import Session
 
 log = logging.getLogger(__name__)
 _REAP_EVERY_S = 0.5
+_REASSURE_EVERY_S = 10.0
 _BACKLOG = 1024
 _ACCEPT_PAUSE_S = 1.0
 _ANSWER_S = 5.0
@@ -73,6 +74,7 @@ class Daemon:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._loop.stop)
             self._loop.call_later(_REAP_EVERY_S, self._reap)
+            self._loop.call_later(_REASSURE_EVERY_S, self._reassure)
             for name in self.settings.preload:
                 self._preload(name)
             prefault.start()
@@ -135,6 +137,10 @@ class Daemon:
     def _reap(self) -> None:
         self.keeper.pool.reap()
         self._loop.call_later(_REAP_EVERY_S, self._reap)
+
+    def _reassure(self) -> None:
+        self.keeper.reassure()
+        self._loop.call_later(_REASSURE_EVERY_S, self._reassure)
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to tell

@@ -22,7 +22,7 @@ class Lease:
         model: What is used.
         pid: Of the process that asked.
         since_s: On the daemon's clock.
-        arrived: Called with parts that became warm since.
+        arrived: Called with parts that became warm since; with none to say that others will.
         settled: Called when nothing more will come; with why, if parts did not arrive.
     """
 

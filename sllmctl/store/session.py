@@ -239,7 +239,8 @@ class Session:
         )
         if name is not None and hand_out:
             self._send_files(model, files.fds if isinstance(files, ModelFiles) else ())
-        self._send_pieces(model, sorted(model.warm), hand_out=hand_out)
+        if model.warm:
+            self._send_pieces(model, sorted(model.warm), hand_out=hand_out)
         if lease not in model.waiting:
             settled(None)
 
@@ -252,7 +253,7 @@ class Session:
             )
 
     def _send_pieces(self, model: StoredModel, pieces: list[Piece], *, hand_out: bool) -> None:
-        for start in range(0, len(pieces), MAX_FDS):
+        for start in range(0, len(pieces) or 1, MAX_FDS):
             batch = pieces[start : start + MAX_FDS]
             segments = [model.warm[piece] for piece in batch] if hand_out else []
             self._connection.send(

@@ -250,6 +250,28 @@ def test_a_warm_model_is_shared_memory_and_not_a_copy(
     assert anonymous_bytes() - before < 10 * MIB
 
 
+def test_a_client_hears_of_a_fill_that_takes_long(
+    start_store: Callable[..., RunningStore], make_model: MakeModel
+) -> None:
+    """A slow disk is no store that is gone: its clients gave it up, and read the disk as well."""
+    store = start_store(
+        before="import time; from sllmctl.store import daemon, filler\n"
+        "follow = filler._follow; daemon._REASSURE_EVERY_S = 0.05\n"
+        "filler._follow = lambda *args: (time.sleep(1.5), follow(*args))[1]"
+    )
+    path = make_model("m")
+    with StoreClient(store.socket) as client:
+        client.ask({"op": "warm", "name": "m"})
+        messages = []
+        while not messages or messages[-1]["event"] != "settled":
+            messages.append(client.receive(deadline_s=0.75)[0])
+        assert messages[0] == {"event": "ready", "pieces": [], "warm_bytes": 0}
+        assert messages[-1]["missing"] == []
+        client.ask({"op": "detach"})
+        client.ask({"op": "evict", "name": "m"})
+    assert_equal(load(store, path).tensors, path)
+
+
 def anonymous_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
