@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -189,6 +190,7 @@ def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
     except StoreError as exc:
         if store == "require":
             raise
-        level = logging.DEBUG if isinstance(exc, StoreUnreachable) else logging.WARNING
+        nobody = isinstance(exc, StoreUnreachable) and exc.errno != errno.ETIMEDOUT
+        level = logging.DEBUG if nobody else logging.WARNING
         log.log(level, "no store is used: %s", exc)
         return None

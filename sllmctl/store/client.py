@@ -27,6 +27,7 @@ from sllmctl.store.protocol import (
 )
 
 CONNECT_DEADLINE_S = 2.0
+HELLO_DEADLINE_S = 10.0  # waits for nothing but the store's turn
 ANSWER_DEADLINE_S = 60.0
 _SLICE_MS = 200
 
@@ -43,17 +44,19 @@ class StoreClient:
         self._decoder = Decoder()
         self._waiting: deque[tuple[Message, list[int]]] = deque()
         self._sock = _connect(client_sockets(path))
-        self.hello = self.ask({"op": "hello", "version": VERSION, "sllmctl": __version__})
+        self.hello = self.ask(
+            {"op": "hello", "version": VERSION, "sllmctl": __version__}, HELLO_DEADLINE_S
+        )
         self.segment_bytes = _segment_bytes(self.hello)
 
-    def ask(self, message: Message) -> Message:
+    def ask(self, message: Message, deadline_s: float = ANSWER_DEADLINE_S) -> Message:
         """Send a request, and wait for its answer.
 
         Raises:
             StoreError: The store refuses, or breaks the connection.
         """
         self.send(message)
-        answer, fds = self.receive()
+        answer, fds = self.receive(deadline_s)
         close_fds(fds)
         return answer
 
@@ -83,7 +86,7 @@ class StoreClient:
 
         Raises:
             StoreError: The store refuses a request.
-            StoreUnreachable: It is gone, or says nothing for the deadline.
+            StoreUnreachable: It is gone, or says nothing for the deadline: ``errno.ETIMEDOUT``.
         """
         deadline = time.monotonic() + deadline_s
         poll = select.poll()  # select.select() takes no descriptor above 1023
@@ -92,7 +95,12 @@ class StoreClient:
                 poll.register(self._sock, select.POLLIN)
             while not self._waiting:
                 if time.monotonic() > deadline:
-                    raise StoreUnreachable(f"the store has said nothing for {deadline_s:.0f} s")
+                    late = StoreUnreachable(
+                        f"the store has said nothing for {deadline_s:.0f} s",
+                        hint="its process may be stopped, or its machine overloaded",
+                    )
+                    late.errno = errno.ETIMEDOUT
+                    raise late
                 if poll.poll(_SLICE_MS):
                     data, fds = receive(self._sock)
                     if not data:

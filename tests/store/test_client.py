@@ -81,6 +81,19 @@ def test_a_load_that_requires_a_store_refuses_one_whose_hello_makes_no_sense(
         api.load(tiny_checkpoint, store="require", socket=path)
 
 
+def test_a_load_does_without_a_store_that_says_nothing_and_tells_why_it_waited(
+    answer: Answer,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A stopped store still takes connections: the kernel does that for it."""
+    monkeypatch.setattr("sllmctl.store.client.HELLO_DEADLINE_S", 0.2)
+    path = answer([])
+    assert api.load(tiny_checkpoint, store="auto", socket=path).tensors
+    assert "no store is used: the store has said nothing for 0 s" in caplog.text
+
+
 @pytest.mark.parametrize("nonsense", [{}, {"event": "status"}, {"bytes": "x", "warm_bytes": 1}])
 @pytest.mark.parametrize(
     "ask", [manage.status, partial(manage.warm, "m"), partial(manage.evict, "m")]
