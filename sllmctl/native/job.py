@@ -57,7 +57,7 @@ class Job:
         NativeError: An extent is impossible; `ReadError` where its file is too short.
     """
 
-    __slots__ = ("__weakref__", "_end", "_ended", "_handle")
+    __slots__ = ("__weakref__", "_end", "_ended", "_handle", "_hung")
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class Job:
         )
         self._handle = out[0]
         self._ended: bool | None = None
+        self._hung: Any = None
         # Also at exit, before the interpreter takes from under the threads what they write to.
         _kept[_address(self._handle)] = keep
         self._end = weakref.finalize(self, _end_job, out)
@@ -138,13 +139,25 @@ class Job:
 
         Returns:
             Whether it ended. If not, nobody may use the memory for anything else, or close the
-            files.
+            files, before `ended` says so.
         """
-        self._handle = ffi.NULL
+        handle, self._handle = self._handle, ffi.NULL
         if self._ended is None:
             self._ended = False  # also after a Ctrl-C, when nobody knows
             self._ended = self._end() is not False
+            self._hung = None if self._ended else handle
         return self._ended
+
+    def ended(self) -> bool:
+        """Whether a job that was closed has ended by now; asks again, and does not wait."""
+        hung, self._hung = self._hung, None
+        if hung is not None:
+            self._ended = _close(hung, 0)
+            if self._ended:
+                _kept.pop(_address(hung), None)
+            else:
+                self._hung = hung
+        return self._ended is True
 
     def __enter__(self) -> Job:
         return self
@@ -154,16 +167,16 @@ class Job:
 
 
 _kept: dict[int, object] = {}
-"""What jobs write to, by their handles' addresses, until a job has ended for certain: a hung read,
-or a Ctrl-C before its answer, leaves it here for ever."""
+"""What jobs write to, by their handles' addresses, until a job has ended for certain: a hung read
+leaves it here until it returns, a Ctrl-C before the answer for ever."""
 
 
 def _address(handle: Any) -> int:
     return int(ffi.cast("uintptr_t", handle))
 
 
-def _close(handle: Any) -> bool:
-    return bool(lib.sllm_job_close(handle, CLOSE_TIMEOUT_MS, ffi.NULL) == lib.SLLM_OK)
+def _close(handle: Any, timeout_ms: int = CLOSE_TIMEOUT_MS) -> bool:
+    return bool(lib.sllm_job_close(handle, timeout_ms, ffi.NULL) == lib.SLLM_OK)
 
 
 def _end_job(out: Any) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sllmctl.errors import SllmError
 from sllmctl.native import Extent, Job, Progress, Segment
 from sllmctl.store.files import identify
-from sllmctl.store.protocol import FILES_CHANGED
+from sllmctl.store.protocol import FILES_CHANGED, close_fds
 from sllmctl.store.residency import Identity, Piece
 
 CHUNK_BYTES = 8 * 2**20
@@ -41,11 +40,12 @@ class Outcome:
 
     Attributes:
         reason: Why some parts did not arrive; None if all did.
-        stuck: A read does not return, and may still write to the segments that did not arrive.
+        stuck: None, or a read does not return, and may still write to the segments that did not
+            arrive. Says whether it has returned by now.
     """
 
     reason: str | None
-    stuck: bool = False
+    stuck: Callable[[], bool] | None = None
 
 
 Full = Callable[[list[Piece], Progress], None]
@@ -69,7 +69,16 @@ def fill(work: Filling, full: Full, stopped: Callable[[], bool]) -> Outcome:
         for (shard, index), segment, nbytes in work.parts
     ]
     chunks = [-(-nbytes // chunk_bytes) for _, _, nbytes in work.parts]
-    reason, ended = None, True
+    reason, job = None, None
+    fds = [fd for fd, _ in work.files]
+
+    def ended() -> bool:
+        if job is not None and not job.ended():
+            return False
+        close_fds(fds)
+        fds.clear()
+        return True
+
     try:
         job = Job(
             work.files, extents, keep=work.parts, chunk_bytes=chunk_bytes, threads=work.threads
@@ -77,14 +86,12 @@ def fill(work: Filling, full: Full, stopped: Callable[[], bool]) -> Outcome:
         try:
             reason = _follow(job, work, chunks, full, stopped)
         finally:
-            ended = job.close()
+            job.close()
     except (SllmError, OSError) as exc:
         reason = str(exc)
     finally:
-        if ended:
-            for fd, _ in work.files:
-                os.close(fd)
-    return Outcome(reason, not ended)
+        over = ended()
+    return Outcome(reason, None if over else ended)
 
 
 def _follow(

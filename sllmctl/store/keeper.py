@@ -221,7 +221,7 @@ class Keeper:
                     outcome = fill(work, full, self._stopping.is_set)
                 except Exception as exc:
                     log.exception("filling `%s` failed", model.name)
-                    outcome = Outcome(f"{type(exc).__name__}: {exc}", stuck=True)
+                    outcome = Outcome(f"{type(exc).__name__}: {exc}", stuck=lambda: False)
                 self.call_soon(lambda: self._settled(model, outcome))
 
             self._fillers.submit(run)
@@ -255,8 +255,8 @@ class Keeper:
     def _settled(self, model: StoredModel, outcome: Outcome) -> None:
         reason = outcome.reason
         for segment in model.coming.values():
-            if outcome.stuck:
-                self.pool.abandon(segment)
+            if outcome.stuck is not None:
+                self.pool.abandon(segment, outcome.stuck)
             else:
                 self.pool.release(segment)
         model.coming, model.filling = {}, False

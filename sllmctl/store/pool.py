@@ -64,7 +64,7 @@ class Pool:
         self._changed = threading.Condition()
         self._free: list[Segment] = []
         self._orphans: list[Segment] = []
-        self._abandoned: list[Segment] = []
+        self._abandoned: list[tuple[Segment, Callable[[], bool]]] = []
         self._all: list[Segment] = []
         self._warm: set[Segment] = set()  # those whose pages were supplied beforehand
         self._used: set[Segment] = set()  # those that held a model before
@@ -143,13 +143,19 @@ class Pool:
             with self._changed:
                 self._free.append(segment)
 
-    def abandon(self, segment: Segment) -> None:
-        """Never use a segment again: a read that does not return may still write to it."""
-        self._abandoned.append(segment)
+    def abandon(self, segment: Segment, returned: Callable[[], bool]) -> None:
+        """Take back a segment that a read may still write to, until that has returned."""
+        self._abandoned.append((segment, returned))
 
     def reap(self) -> None:
-        """Free the orphans that nobody sees any more."""
+        """Free the orphans that nobody sees or writes to any more."""
         orphans, self._orphans = self._orphans, []
+        abandoned, self._abandoned = self._abandoned, []
+        for segment, returned in abandoned:
+            if returned():
+                orphans.append(segment)
+            else:
+                self._abandoned.append((segment, returned))
         for segment in orphans:
             self.release(segment)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,21 +98,29 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept_whole(tmp_path: Path) 
     keeper.close()
 
 
-def test_a_read_that_does_not_return_keeps_its_segments_from_others(
+def test_a_read_that_does_not_return_keeps_its_segments_from_others_until_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that cannot end: its threads may still write, so nobody else may get the memory."""
     path = tmp_path / "model"
     path.write_bytes(os.urandom(SEGMENT))
-    monkeypatch.setattr("sllmctl.native.Job.wait", _failing)
-    monkeypatch.setattr("sllmctl.native.Job.close", lambda self: bool(self._end() and False))
     held = Held()
     keeper = Keeper(Pool(SEGMENT, SEGMENT), held.call_soon)
-    lease = attach(keeper, path)
-    while lease.model.filling:
-        held.deliver()
-    assert keeper.pool.available() == 0
-    assert keeper.pool.orphaned_bytes == SEGMENT
+    keeper.pool.release(*keeper.pool.obtain(1))  # it is made now, with descriptors of its own
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sllmctl.native.Job.wait", _failing)
+        patch.setattr("sllmctl.native.job._close", lambda *_: False)
+        lease = attach(keeper, path)
+        while lease.model.filling:
+            held.deliver()
+        assert keeper.pool.available() == 0
+        assert keeper.pool.orphaned_bytes == SEGMENT
+    deadline = time.monotonic() + 30
+    while keeper.pool.available() == 0:
+        assert time.monotonic() < deadline
+    assert keeper.pool.orphaned_bytes == 0
+    assert len(os.listdir("/proc/self/fd")) == descriptors
     keeper.close()
 
 

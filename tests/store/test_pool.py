@@ -144,10 +144,14 @@ def test_what_the_prefaulter_has_in_hand_is_had_back_for_who_asks() -> None:
     assert pool.available() == 0
 
 
-def test_a_segment_that_may_still_be_written_to_is_never_used_again() -> None:
+def test_a_segment_that_may_still_be_written_to_is_not_used_again_before_that_is_over() -> None:
     pool = Pool(2 * SEGMENT, SEGMENT)
     (segment, other) = pool.obtain(2)
-    pool.abandon(segment)
+    returned = threading.Event()
+    pool.abandon(segment, returned.is_set)
     pool.release(other)
     assert pool.obtain(2) == [other]
     assert pool.orphaned_bytes == SEGMENT
+    returned.set()
+    assert pool.obtain(1) == [segment]
+    assert pool.orphaned_bytes == 0
