@@ -148,6 +148,7 @@ class Keeper:
 
     def release(self, lease: Lease) -> None:
         """The client is gone, or done."""
+        lease.model.last_used_s = time.monotonic()
         lease.model.leases.discard(lease)
         lease.model.waiting.discard(lease)
         self._forget_if_empty(lease.model)

@@ -51,7 +51,7 @@ class StoredModel:
         leases: Connections that use it.
         waiting: Those of them that are told what arrives.
         pinned: Stays until it is evicted by hand.
-        last_used_s: When it was attached last, on the daemon's clock.
+        last_used_s: When a lease on it last began or ended, on the daemon's clock.
     """
 
     identity: Identity

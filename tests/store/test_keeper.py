@@ -143,6 +143,24 @@ def test_an_unforeseen_failure_of_a_filler_does_not_wedge_the_model(
     keeper.close()
 
 
+def test_a_model_was_used_until_its_last_lease_ended(tmp_path: Path) -> None:
+    """One that had been used for days was the first to go when its process was started anew."""
+    held = Held()
+    keeper = Keeper(Pool(2 * SEGMENT, SEGMENT), held.call_soon)
+    leases = {}
+    for name in ("served", "tried", "newcomer"):
+        (tmp_path / name).write_bytes(os.urandom(SEGMENT))
+        if name == "newcomer":
+            keeper.release(leases["served"])
+        leases[name] = attach(keeper, tmp_path / name)
+        while leases[name].model.filling:
+            held.deliver()
+        if name == "tried":
+            keeper.release(leases[name])
+    assert [model.name for model in keeper.models.values()] == ["served", "newcomer"]
+    keeper.close()
+
+
 def test_a_store_without_descriptors_left_refuses_and_forgets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
