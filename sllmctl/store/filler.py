@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sllmctl.errors import SllmError
+from sllmctl.errors import ReadError, SllmError
 from sllmctl.native import Extent, Job, Progress, Segment
 from sllmctl.store.files import identify
 from sllmctl.store.protocol import FILES_CHANGED, close_fds
@@ -89,9 +89,16 @@ def fill(work: Filling, full: Full, stopped: Callable[[], bool]) -> Outcome:
             job.close()
     except (SllmError, OSError) as exc:
         reason = str(exc)
+        # A disk that has not answered a read would hang here, too.
+        if isinstance(exc, ReadError) and _changed(work):
+            reason = FILES_CHANGED
     finally:
         over = ended()
     return Outcome(reason, None if over else ended)
+
+
+def _changed(work: Filling) -> bool:
+    return identify([fd for fd, _ in work.files]) != work.identity
 
 
 def _follow(
@@ -109,7 +116,7 @@ def _follow(
         finished, progress = job.wait(_POLL_MS)
         if stopped():
             return "the store is going down"
-        if finished and identify([fd for fd, _ in work.files]) != work.identity:
+        if finished and _changed(work):
             return FILES_CHANGED
         done = job.chunks_done(0, sum(chunks))
         arrived = [

@@ -16,7 +16,7 @@ from sllmctl.native import Progress, Segment
 from sllmctl.store.files import ModelFiles
 from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import MAX_PARTS, collect_fds
+from sllmctl.store.protocol import FILES_CHANGED, MAX_PARTS, collect_fds
 from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_victims
 
 log = logging.getLogger(__name__)
@@ -185,6 +185,10 @@ class Keeper:
         self._fillers.shutdown(wait=True)
 
     def _forget_if_empty(self, model: StoredModel) -> None:
+        if model.mixed and not (model.leases or model.filling):
+            for segment in model.warm.values():
+                self.pool.release(segment)
+            model.warm.clear()
         if not (model.leases or model.warm or model.filling or model.pinned):
             self.models.pop(model.identity, None)
 
@@ -264,6 +268,8 @@ class Keeper:
         if reason is not None:
             self.counters.errors += 1
             log.warning("`%s` could not be filled: %s", model.name, reason)
+        if reason == FILES_CHANGED:
+            model.mixed, model.named, model.pinned = True, False, False
         waiting, model.waiting = model.waiting, set()
         for lease in waiting:
             lease.settled(reason)

@@ -51,6 +51,7 @@ class StoredModel:
         leases: Connections that use it.
         waiting: Those of them that are told what arrives.
         pinned: Stays until it is evicted by hand.
+        mixed: Its files changed while they were read: what is warm may be of two versions.
         last_used_s: When a lease on it last began or ended, on the daemon's clock.
     """
 
@@ -67,6 +68,7 @@ class StoredModel:
     leases: set[Lease] = field(default_factory=set)
     waiting: set[Lease] = field(default_factory=set)
     pinned: bool = False
+    mixed: bool = False
     last_used_s: float = 0.0
 
     @property

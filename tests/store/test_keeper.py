@@ -7,11 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sllmctl.errors import ReadError, StoreError
+from sllmctl.native import Job, Progress
 from sllmctl.store.files import ModelFiles, take_files
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.pool import Pool
@@ -93,6 +95,44 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept_whole(tmp_path: Path) 
         held.deliver()
     assert reasons == ["the files changed while they were read"]
     assert lease.model.warm == {}
+    assert keeper.pool.available() == 4
+    files.close()
+    keeper.close()
+
+
+def test_parts_of_files_that_changed_after_them_are_given_to_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name would have led to them once the files were gone."""
+    path = tmp_path / "model"
+    path.write_bytes(bytes(2 * SEGMENT))
+    held = Held()
+    keeper = Keeper(Pool(4 * SEGMENT, SEGMENT), held.call_soon)
+    wait, waited = Job.wait, []
+
+    def changing(job: Job, timeout_ms: int | None = None) -> tuple[bool, Progress]:
+        """The first look finds every part, and the second that the file has changed."""
+        waited.append(None)
+        if len(waited) == 2:
+            with path.open("r+b") as file:
+                file.write(b"x")
+        done = False
+        while not done:
+            done, progress = wait(job)
+        return len(waited) == 2, progress
+
+    monkeypatch.setattr("sllmctl.native.Job.wait", changing)
+    files = replace(files_of(path), named=True)
+    reasons: list[str | None] = []
+    lease = keeper.attach(files, pid=1, arrived=lambda _: None, settled=reasons.append)
+    lease.model.pinned = True
+    while lease.model.filling:
+        held.deliver()
+    assert reasons == ["the files changed while they were read"]
+    assert keeper.find("model") is None
+    assert len(lease.model.warm) == 2  # its client was told, and may still look at them
+    keeper.release(lease)
+    assert keeper.models == {}
     assert keeper.pool.available() == 4
     files.close()
     keeper.close()
