@@ -155,6 +155,9 @@ def lock_socket(path: Path) -> int:
     """
     lock_path = path.with_name(f"{path.name}.lock")
     try:
+        # Before anything is made beside it: /etc/passwd.lock, say, is another program's.
+        if path.exists() and not path.is_socket():
+            raise FileExistsError(errno.EEXIST, "it is there already, and no socket")
         # The socket's own mode says who may connect; its directory only has to be ours.
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -156,6 +156,12 @@ class TestLifecycle:
         assert first.socket.exists()
         assert start_store().status()["models"] == []
 
+    def test_what_is_no_socket_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "store.sock").write_text("mine")
+        with pytest.raises(AssertionError, match="it is there already, and no socket"):
+            RunningStore(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["store.sock"]
+
     def test_a_pool_larger_than_the_machine_is_refused(
         self, start_store: Callable[..., RunningStore]
     ) -> None:
