@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as NoAnswer  # the builtin one since Python 3.11
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,8 +23,9 @@ from sllmctl.errors import ConfigError
 from sllmctl.store.protocol import Message
 
 Ask = Callable[[], Message]
-"""Returns the store's status; raises TimeoutError when the store does not answer."""
+"""Returns the store's status; raises `NoAnswer` when the store does not answer."""
 
+REQUEST_DEADLINE_S = 10.0
 _POOL_PARTS = ("used", "pinned", "leased", "orphaned", "prefaulted")
 
 
@@ -51,8 +54,11 @@ class StoreCollector(Collector):
         warm = GaugeMetricFamily(
             "sllm_model_warm_bytes", "Warm bytes of a model.", labels=["model"]
         )
-        for model in status["models"]:
-            warm.add_metric([model["name"]], model["warm_bytes"])
+        held: Counter[str] = Counter()
+        for model in status["models"]:  # two versions of a checkpoint have one name
+            held[model["name"]] += model["warm_bytes"]
+        for name, nbytes in held.items():
+            warm.add_metric([name], nbytes)
         yield warm
         source = CounterMetricFamily(
             "sllm_bytes", "Bytes of loads, by where they were.", labels=["source"]
@@ -103,6 +109,8 @@ def serve_metrics(address: str, ask: Ask) -> ThreadingHTTPServer:
     registry.register(StoreCollector(ask))
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = REQUEST_DEADLINE_S  # a thread each: one that says nothing must not stay
+
         def do_GET(self) -> None:
             if self.path not in ("/metrics", "/healthz"):
                 self._answer(404, "text/plain", b"/metrics and /healthz are here\n")
@@ -113,7 +121,7 @@ def serve_metrics(address: str, ask: Ask) -> ThreadingHTTPServer:
                     body = generate_latest(registry)
                 else:
                     ask()
-            except TimeoutError:
+            except NoAnswer:
                 self._answer(503, "text/plain", b"the store does not answer\n")
                 return
             kind = CONTENT_TYPE_LATEST if self.path == "/metrics" else "text/plain"

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,53 @@ class TestMetrics:
         assert 'sllm_pool_part_bytes{part="orphaned"} 0.0' in text
         assert get(port, "/healthz") == "ok\n"
         assert loaded.tensors
+
+    def test_two_versions_of_a_model_are_one_line(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
+    ) -> None:
+        """Prometheus refuses a second sample of the same name and labels."""
+        port = free_port()
+        store = start_store("--metrics", f"127.0.0.1:{port}")
+        for seed in range(2):
+            load(store, make_model("m", seed=seed), label="m")
+            gc.collect()
+        warm = sum(model["warm_bytes"] for model in store.status()["models"])
+        lines = [one for one in get(port, "/metrics").splitlines() if '{model="m"}' in one]
+        assert [float(line.split()[1]) for line in lines] == [warm]
+
+    def test_a_store_that_does_not_answer_is_unhealthy(self) -> None:
+        from concurrent import futures
+
+        from sllmctl.store.metrics import serve_metrics
+
+        def ask() -> dict[str, object]:
+            raise futures.TimeoutError
+
+        port = free_port()
+        server = serve_metrics(f"127.0.0.1:{port}", ask)
+        try:
+            for path in ("/metrics", "/healthz"):
+                with pytest.raises(urllib.error.HTTPError, match="503"):
+                    get(port, path)
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def test_a_client_that_says_nothing_is_hung_up_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from sllmctl.store import metrics
+
+        monkeypatch.setattr(metrics, "REQUEST_DEADLINE_S", 0.1)
+        port = free_port()
+        server = metrics.serve_metrics(f"127.0.0.1:{port}", dict)
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+                sock.sendall(b"GET /metr")
+                assert sock.recv(100) == b""
+        finally:
+            server.shutdown()
+            server.server_close()
 
     @pytest.mark.parametrize("address", ["9464", "localhost", "127.0.0.1:x", ":1"])
     def test_an_address_that_is_none_is_refused(self, address: str) -> None:
