@@ -23,6 +23,10 @@
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010 /* Linux 5.1 */
 #endif
+#ifndef MPOL_INTERLEAVE /* linux/mempolicy.h, which not every libc brings */
+#define MPOL_INTERLEAVE 3
+#define MPOL_F_MEMS_ALLOWED 4
+#endif
 #ifndef MLOCK_ONFAULT
 #define MLOCK_ONFAULT 1u /* Linux 4.4 */
 #endif
@@ -99,6 +103,20 @@ static void lock(sllm_segment *segment)
 #endif
 }
 
+/* Spread the pages over the memory nodes, whoever supplies them: what reads them is on all nodes. A
+ * kernel or container without NUMA calls leaves them where they are. Source: mbind(2). */
+static void interleave(const sllm_segment *segment)
+{
+#if defined(SYS_mbind) && defined(SYS_get_mempolicy)
+    unsigned long nodes[1024 / (8 * sizeof(unsigned long))]; /* the most a kernel has */
+    const unsigned long count = 8 * sizeof nodes;
+    if (syscall(SYS_get_mempolicy, NULL, nodes, count, NULL, MPOL_F_MEMS_ALLOWED) == 0) {
+        (void)syscall(SYS_mbind, segment->address, segment->bytes, MPOL_INTERLEAVE, nodes, count,
+                      0);
+    }
+#endif
+}
+
 /* Map the creator's view, where the kernel can use huge pages for it. */
 static sllm_status map_segment(sllm_segment *segment, sllm_error *err)
 {
@@ -117,6 +135,7 @@ static sllm_status map_segment(sllm_segment *segment, sllm_error *err)
         if (sllmi_sys.mmap(start, segment->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
                            segment->fd, 0) != MAP_FAILED) {
             (void)sllmi_sys.madvise(start, segment->bytes, MADV_HUGEPAGE);
+            interleave(segment);
             lock(segment);
             return SLLM_OK;
         }

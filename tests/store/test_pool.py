@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from sllmctl.store.residency import Lease, StoredModel, choose_victims
 
 MIB = 2**20
 SEGMENT = 2 * MIB
+CAP_SYS_NICE = 23
 
 
 @given(st.integers(min_value=1, max_value=2**45))
@@ -53,6 +56,22 @@ def test_a_segment_that_cannot_be_made_costs_none_of_the_others() -> None:
     with pytest.raises(StoreError, match="no descriptor"):
         pool.obtain(4)
     assert sorted(map(id, pool.obtain(3))) == sorted(map(id, made))
+
+
+def test_pages_are_spread_over_the_memory_nodes() -> None:
+    maps = Path("/proc/self/numa_maps")
+    if not maps.exists():
+        pytest.skip("this kernel knows no memory nodes")
+    segment = Segment(SEGMENT)
+    segment.prefault(0, SEGMENT)
+    (line,) = [
+        one for one in maps.read_text().splitlines() if one.startswith(f"{segment.address:x}")
+    ]
+    capabilities = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    assert capabilities is not None
+    if line.split()[1] == "default" and not int(capabilities[1], 16) >> CAP_SYS_NICE & 1:
+        pytest.skip("a container's filter of system calls may not let this process choose")
+    assert line.split()[1].startswith("interleave:")
 
 
 def test_a_segment_that_somebody_sees_is_an_orphan_until_nobody_does() -> None:
