@@ -8,7 +8,6 @@ import logging
 import os
 import socket as sockets
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from sllmctl.commands.options import Socket, StoragePath
 from sllmctl.core.units import format_size, parse_share, parse_size
 from sllmctl.errors import ConfigError
 
+log = logging.getLogger(__name__)
 DEFAULT_FRACTION = 0.25
 
 
@@ -179,7 +179,10 @@ def _notify_systemd() -> None:
     """Say READY=1 to whoever started us. Source: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
-        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as sock:
-            path = "\0" + address[1:] if address.startswith("@") else str(Path(address))
-            sock.connect(path)
-            sock.sendall(b"READY=1")
+        path = "\0" + address[1:] if address.startswith("@") else address
+        try:
+            with sockets.socket(sockets.AF_UNIX, sockets.SOCK_DGRAM) as sock:
+                sock.connect(path)
+                sock.sendall(b"READY=1")
+        except OSError as exc:  # clients are served all the same
+            log.warning("cannot say READY=1 at `%s`: %s", address, exc.strerror or exc)

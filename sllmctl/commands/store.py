@@ -166,7 +166,7 @@ def _status_lines(
         f"{format_size(pool['bytes'])} used{', ' if parts else ''}{', '.join(parts)}",
         f"memory    {format_size(pool['prefaulted_bytes'])} supplied beforehand, {pages}",
     ]
-    if before is not None:
+    if before is not None and before["pid"] == answer["pid"]:  # the same store, not a new one
         lines.append(f"rates     {_rates(answer, before)}")
     lines.append("")
     if not answer["models"]:

@@ -181,6 +181,17 @@ class TestLifecycle:
             assert sock.recv(100) == b"READY=1"
         assert store.end() == 0
 
+    def test_a_service_manager_that_is_gone_keeps_nobody_from_starting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+        store = RunningStore(tmp_path)
+        assert store.status()["models"] == []
+        store.process.terminate()
+        _, errors = store.process.communicate(timeout=60)
+        assert "warning: cannot say READY=1 at" in errors
+        assert store.process.returncode == 0
+
     def test_the_socket_is_the_owners_alone(self, store: RunningStore) -> None:
         assert store.socket.stat().st_mode & 0o777 == 0o600
 
