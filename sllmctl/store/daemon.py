@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
+from sllmctl.core.units import format_size
 from sllmctl.errors import CheckpointError, ConfigError, StoreError
 from sllmctl.store.backing import choose_backing
 from sllmctl.store.files import open_named
@@ -109,7 +110,13 @@ class Daemon:
         except (StoreError, CheckpointError) as exc:
             raise ConfigError(f"cannot preload `{name}`: {exc}", hint=exc.hint) from exc
 
-        def settled(_: str | None) -> None:
+        def settled(reason: str | None) -> None:
+            model = lease.model
+            if reason is None and model.warm_bytes < model.nbytes:
+                log.warning(
+                    "only %s of `%s`, which is %s, found room in the pool",
+                    *(format_size(model.warm_bytes), name, format_size(model.nbytes)),
+                )
             self.keeper.release(lease)
 
         try:

@@ -101,6 +101,16 @@ class TestCommands:
         assert [model["name"] for model in status["models"]] == ["org/model"]
         assert status["leases"] == []
 
+    def test_preload_tells_of_what_found_no_room(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
+    ) -> None:
+        make_model("m", mib=9)
+        store = start_store("--preload", "m", pool="6MiB")
+        store.wait_for(lambda status: [m["state"] for m in status["models"]] == ["partial"])
+        store.process.terminate()
+        _, errors = store.process.communicate(timeout=60)
+        assert "warning: only 5.25 MB of `m`, which is 9.5 MB, found room in the pool" in errors
+
 
 @pytest.fixture
 def sllmctl_json(store: RunningStore) -> Callable[..., object]:
