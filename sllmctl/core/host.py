@@ -13,7 +13,8 @@ _UNLIMITED = 1 << 60
 def available_memory_bytes(root: Path = Path("/")) -> int:
     """Bytes that can still be allocated: MemAvailable, or less under a cgroup's limit.
 
-    Memory that a cgroup counts as page cache can be reclaimed, and is left out of its usage.
+    Memory that a cgroup counts as page cache can be reclaimed, and is left out of its usage; but
+    what lies in a tmpfs or in shared memory, which it counts there as well, cannot.
 
     Source: proc(5) MemAvailable; kernel docs, cgroup-v2 ``memory.max``, cgroup-v1 memory.
     """
@@ -31,10 +32,10 @@ def _cgroup_headrooms(root: Path) -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory") and "memory" not in controllers.split(","):
             continue
-        names = ("memory.max", "memory.current", "file")
+        names = ("memory.max", "memory.current", "file", "shmem")
         base = top
         if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
             base = top / "memory"
         directory = base / path.lstrip("/")
         # In a container the path is the host's; what is mounted is then the cgroup itself.
@@ -42,8 +43,8 @@ def _cgroup_headrooms(root: Path) -> Iterator[int]:
             limit = _read(level / names[0]).strip()
             if limit.isdigit() and int(limit) < _UNLIMITED:
                 used = int(_read(level / names[1]).strip() or 0)
-                cache = _statistic(level / "memory.stat", names[2])
-                yield max(0, int(limit) - used + cache)
+                cache, fixed = (_statistic(level / "memory.stat", name) for name in names[2:])
+                yield max(0, int(limit) - used + max(0, cache - fixed))
             if level == base:
                 break
 

@@ -58,3 +58,26 @@ def test_cgroup_v1_is_asked_in_its_own_words(tmp_path: Path) -> None:
         },
     )
     assert available_memory_bytes(root) == 2 * GIB
+
+
+def test_files_in_memory_are_no_page_cache_that_can_go(tmp_path: Path) -> None:
+    """A cgroup counts a tmpfs, and the pool of another store, among its cached files."""
+    new = machine(
+        tmp_path / "v2",
+        "0::/pod\n",
+        {
+            "pod/memory.max": f"{8 * GIB}\n",
+            "pod/memory.current": f"{6 * GIB}\n",
+            "pod/memory.stat": f"file {5 * GIB}\nshmem {4 * GIB}\n",
+        },
+    )
+    old = machine(
+        tmp_path / "v1",
+        "9:memory:/pod\n",
+        {
+            "memory/pod/memory.limit_in_bytes": f"{8 * GIB}\n",
+            "memory/pod/memory.usage_in_bytes": f"{6 * GIB}\n",
+            "memory/pod/memory.stat": f"total_cache {5 * GIB}\ntotal_shmem {4 * GIB}\n",
+        },
+    )
+    assert available_memory_bytes(new) == available_memory_bytes(old) == 3 * GIB
