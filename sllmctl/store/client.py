@@ -110,7 +110,8 @@ class StoreClient:
             self.close()
             if isinstance(exc, StoreUnreachable):
                 raise
-            raise StoreUnreachable(f"the store is gone: {exc}") from exc
+            reason = (exc.strerror if isinstance(exc, OSError) else None) or exc
+            raise StoreUnreachable(f"the store is gone: {reason}") from exc
         message, fds = self._waiting.popleft()
         if message.get("event") == "error":
             close_fds(fds)
