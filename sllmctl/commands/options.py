@@ -11,6 +11,7 @@ StoragePath = Annotated[
     Path | None,
     typer.Option(
         "--storage-path",
+        file_okay=False,
         help="Where checkpoints live, as ORG/NAME. "
         "[default: $SLLMCTL_STORAGE_PATH, $STORAGE_PATH, ./models]",
         show_default=False,

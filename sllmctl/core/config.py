@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sllmctl.core.checkpoint import SUFFIX
+from sllmctl.core.fileio import errno_text
+from sllmctl.core.header import shown
 from sllmctl.core.manifest import MANIFEST_NAME
 from sllmctl.core.sllm_store import INDEX_NAME
 from sllmctl.errors import CheckpointNotFound, ConfigError
@@ -43,12 +45,12 @@ def resolve_model(
     else is a name below the storage path, or failing that an existing relative directory.
 
     Raises:
-        CheckpointNotFound: Nothing is there; the hint names what is near.
+        CheckpointNotFound: Nothing is there, or may be seen there; the hint names what is near.
         ConfigError: The name is empty, or leads out of the storage path.
     """
     if not isinstance(model, str) or looks_like_path(model):
         path = Path(model).expanduser()
-        if not path.exists():
+        if not is_there(path):
             raise CheckpointNotFound(
                 f"there is no `{path}`", hint="`sllmctl ls` lists the checkpoints that are here"
             )
@@ -62,13 +64,29 @@ def resolve_model(
             hint=f"write ./{model} for a path",
         )
     inside = storage_dir / model
-    if inside.exists():
+    if is_there(inside):
         return inside
-    if Path(model).exists():
+    if is_there(Path(model)):
         return Path(model)
     raise CheckpointNotFound(
         f"there is no checkpoint `{model}` in `{storage_dir}`", hint=_hint(model, storage_dir)
     )
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at a path.
+
+    Raises:
+        CheckpointNotFound: The system does not say: a directory may not be searched, for one.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as exc:
+        reason = errno_text(exc) if isinstance(exc, OSError) else exc
+        raise CheckpointNotFound(f"cannot look at {shown(path)}: {reason}") from exc
+    return True
 
 
 def find_models(storage: Path) -> Iterator[tuple[str, Path]]:
@@ -90,7 +108,8 @@ def _walk(directory: Path, storage: Path, depth: int) -> Iterator[tuple[str, Pat
         yield str(directory.relative_to(storage)), directory
     elif depth > 0:
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            # A file, or a link that leads nowhere, has no entries and ends there.
+            if not entry.name.startswith("."):
                 yield from _walk(directory / entry.name, storage, depth - 1)
 
 

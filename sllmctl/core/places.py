@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sllmctl.core.config import looks_like_path, storage_path
+from sllmctl.core.config import is_there, looks_like_path, storage_path
 from sllmctl.core.hub.cache import COMMIT
 from sllmctl.core.manifest import Origin
 from sllmctl.errors import CheckpointNotFound
@@ -48,12 +48,12 @@ def find_source(source: str | os.PathLike[str]) -> Place:
     A snapshot in a hub's cache is known by its folder's name, and goes by the model's own.
 
     Raises:
-        CheckpointNotFound: It is written as a path, and nothing is there.
+        CheckpointNotFound: It is written as a path, and nothing is there, or may be seen there.
     """
-    if isinstance(source, str) and not looks_like_path(source) and not Path(source).exists():
+    if isinstance(source, str) and not looks_like_path(source) and not is_there(Path(source)):
         return Place(None, source)
     path = Path(source).expanduser()
-    if not path.exists():
+    if not is_there(path):
         raise CheckpointNotFound(
             f"there is no `{path}`", hint="a model on a hub is written like Qwen/Qwen3-8B"
         )

@@ -77,3 +77,26 @@ def test_conversions_in_progress_are_not_models(tiny_checkpoint: Path) -> None:
 
 def test_a_storage_path_that_is_not_there_has_no_models(tmp_path: Path) -> None:
     assert list(find_models(tmp_path / "no")) == []
+
+
+def test_links_that_lead_nowhere_and_files_are_passed_over(tiny_checkpoint: Path) -> None:
+    storage = tiny_checkpoint.parent.parent
+    (storage / "notes.txt").touch()
+    (storage / "loop").symlink_to("loop")
+    (storage / "nowhere").symlink_to(storage / "gone")
+    assert [name for name, _ in find_models(storage)] == ["org/tiny"]
+    with pytest.raises(CheckpointNotFound, match="no checkpoint `x`"):
+        resolve_model("x", storage)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "./" + "x" * 300])
+def test_a_name_that_no_file_can_have_is_not_found(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"cannot look at .*File name too long"):
+        resolve_model(name, tmp_path)
+
+
+def test_a_directory_that_may_not_be_searched_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "loop"
+    path.symlink_to("loop")
+    with pytest.raises(CheckpointNotFound, match=r"cannot look at .*\(ELOOP\)"):
+        resolve_model(path / "model", tmp_path)
