@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import eq, itemgetter
 from pathlib import Path
 from typing import Literal
 
+from sllmctl.core.fileio import errno_text, read_file
 from sllmctl.core.header import (
     PREFIX_BYTES,
     TensorEntry,
@@ -44,6 +45,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 Format = Literal["safetensors", "sllm-store"]
 _NUMBERS = re.compile(r"([0-9]+)")
+_PART = re.compile(r"(.*-)(\d+)-of-(\d+)(\.\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError as exc:
         raise CheckpointNotFound(f"no checkpoint at `{path}`: no such path") from exc
     except (OSError, ValueError) as exc:
-        raise CheckpointError(f"cannot open {shown(path)}: {exc}") from exc
+        reason = errno_text(exc) if isinstance(exc, OSError) else exc
+        raise CheckpointError(f"cannot open {shown(path)}: {reason}") from exc
     if not is_directory:
         if path.suffix != SUFFIX:
             raise CheckpointNotFound(
@@ -123,13 +126,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index_name, names = find_shards(path, listed)
     manifest = read_manifest(path)
     if index_name is None:
+        require_all_parts(path, names)
         return open_shards(path, names, None, manifest=manifest)
     index_path = path / index_name
-    try:
-        raw = index_path.read_bytes()
-    except OSError as exc:
-        raise CheckpointError(f"cannot read `{index_path}`: {exc.strerror}") from exc
-    weight_map = parse_index(raw, str(index_path))
+    weight_map = parse_index(read_file(index_path), str(index_path))
     names = sorted(set(weight_map.values()), key=natural_key)
     if not any(os.path.lexists(path / name) for name in names):
         raise CheckpointNotFound(
@@ -166,6 +166,30 @@ def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list
     if not shards:
         raise _not_found(directory, names)
     return None, shards
+
+
+def all_parts(names: Iterable[str]) -> set[str]:
+    """The files that names such as ``model-00001-of-00002.safetensors`` promise."""
+    promised = set()
+    for match in filter(None, map(_PART.fullmatch, names)):
+        stem, number, count, suffix = match.groups()
+        for i in range(1, int(count[:6]) + 1):
+            promised.add(f"{stem}{i:0{len(number)}}-of-{count}{suffix}")
+    return promised
+
+
+def require_all_parts(directory: Path, names: Sequence[str]) -> None:
+    """Check that files which no index lists are all there, as far as their names tell.
+
+    Raises:
+        CheckpointError: One is missing.
+    """
+    missing = all_parts(names).difference(names)
+    if missing:
+        raise CheckpointError(
+            f"{shown(min(missing))} is missing from `{directory}`: the other files' names count it",
+            hint="the download or copy is incomplete",
+        )
 
 
 def _not_found(directory: Path, names: Sequence[str]) -> CheckpointNotFound:
@@ -234,7 +258,8 @@ def read_shard(path: Path, shard: int = 0) -> ParsedShard:
             f"shard {shown(path)} is missing", hint="the download or copy is incomplete"
         ) from exc
     except (OSError, ValueError) as exc:
-        raise CheckpointError(f"cannot open {shown(path)}: {exc}") from exc
+        reason = errno_text(exc) if isinstance(exc, OSError) else exc
+        raise CheckpointError(f"cannot open {shown(path)}: {reason}") from exc
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -244,7 +269,7 @@ def read_shard(path: Path, shard: int = 0) -> ParsedShard:
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         return parse_shard(path, status.st_size, partial(_pread, fd), shard, stamp)
     except OSError as exc:
-        raise CheckpointError(f"cannot read the header of `{path}`: {exc.strerror}") from exc
+        raise CheckpointError(f"cannot read the header of `{path}`: {errno_text(exc)}") from exc
     finally:
         os.close(fd)
 

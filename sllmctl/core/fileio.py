@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-from sllmctl.errors import ReadError
+from sllmctl.core.header import MAX_HEADER_BYTES, shown
+from sllmctl.errors import CheckpointError, ReadError
 from sllmctl.native import PAGE_BYTES, Memory, probe_file
 
 _DIRECT_MIN_BYTES = 2**20
 _REFUSALS = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Of what may not be the regular file that it should be: opening a pipe would wait for a writer."""
 
 
 class Buffer:
@@ -46,16 +50,20 @@ class SourceFile:
             bypass_cache: Read from the disk even what the page cache holds.
 
         Raises:
-            ReadError: It cannot be opened.
+            ReadError: It cannot be opened, or is no regular file.
         """
         self.path = path
         self._bypass_cache = bypass_cache
         self._direct_fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, _OPEN_FLAGS)
         except OSError as exc:
             raise _error(f"cannot open `{path}`", exc) from exc
-        self.size = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise ReadError(f"`{path}` is not a regular file")
+        self.size = status.st_size
         with suppress(OSError):
             self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         self._direct = self._direct_fd >= 0
@@ -134,6 +142,26 @@ class SourceFile:
         os.close(self._fd)
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
+
+
+def read_file(path: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> bytes:
+    """Read a description whole: an index, a manifest, a configuration.
+
+    Raises:
+        CheckpointError: It cannot be read, is no regular file, or is larger than ``max_bytes``.
+    """
+    try:
+        with open(path, "rb", opener=lambda name, _: os.open(name, _OPEN_FLAGS)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{shown(path)} is not a regular file")
+            if status.st_size > max_bytes:
+                raise CheckpointError(
+                    f"{shown(path)} is {status.st_size} bytes long; the limit is {max_bytes}"
+                )
+            return file.read()
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {shown(path)}: {errno_text(exc)}") from exc
 
 
 def errno_text(exc: OSError) -> str:

@@ -138,8 +138,8 @@ def parse_index(raw: bytes, file: str) -> dict[str, str]:
     """Parse a ``*.safetensors.index.json``: tensor name to shard file name.
 
     Raises:
-        CheckpointError: No JSON object with a ``weight_map`` of names to relative file names
-            that stay beneath the index's directory.
+        CheckpointError: No JSON object with a ``weight_map`` of one or more names to relative file
+            names that stay beneath the index's directory.
     """
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(
@@ -149,6 +149,8 @@ def parse_index(raw: bytes, file: str) -> dict[str, str]:
         weight_map = load_json(raw, file).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{shown(file)} has no object `weight_map`")
+        if not weight_map:
+            raise CheckpointError(f"{shown(file)} maps no tensor to a file")
         if set(map(type, weight_map.values())) - {str}:
             name = next(n for n, value in weight_map.items() if type(value) is not str)
             raise CheckpointError(f"{shown(file)} maps tensor {shown(name)} to no file name")

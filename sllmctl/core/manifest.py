@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from sllmctl.core.fileio import read_file
 from sllmctl.core.header import one_line
 from sllmctl.errors import CheckpointError
 
@@ -110,13 +112,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         CheckpointError: It is damaged, or of a later format version.
     """
     path = directory / MANIFEST_NAME
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise CheckpointError(f"cannot read `{path}`: {exc.strerror}") from exc
-    return parse_manifest(raw, str(path))
+    return parse_manifest(read_file(path), str(path)) if os.path.lexists(path) else None
 
 
 def parse_manifest(raw: bytes, file: str) -> Manifest:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sllmctl.core.dtypes import CODES, DTYPE_BITS, stored_shape
+from sllmctl.core.fileio import errno_text, read_file
 from sllmctl.core.header import (
     MAX_HEADER_BYTES,
     TensorEntry,
@@ -116,7 +117,7 @@ def read_sllm_store(directory: Path) -> tuple[Placed, list[tuple[Path, os.stat_r
     """
     path = directory / INDEX_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
         matches = (_DATA_NAME.fullmatch(p.name) for p in directory.iterdir())
         numbers = {int(match[1]) for match in matches if match}
         files: list[tuple[Path, os.stat_result]] = []
@@ -127,7 +128,7 @@ def read_sllm_store(directory: Path) -> tuple[Placed, list[tuple[Path, os.stat_r
                 raise CheckpointError(f"{shown(data)} is not a regular file")
             files.append((data, status))
     except OSError as exc:
-        raise CheckpointError(f"cannot read {shown(exc.filename)}: {exc.strerror}") from exc
+        raise CheckpointError(f"cannot read {shown(exc.filename)}: {errno_text(exc)}") from exc
     if not files or (numbers - set(range(len(files))) and _ends(raw, path) > _total(files)):
         raise CheckpointError(
             f"`{directory / data_name(len(files))}` is missing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from sllmctl.core.checkpoint import (
     open_sllm_store,
     read_shard,
 )
-from sllmctl.core.fileio import Buffer, SourceFile
+from sllmctl.core.fileio import Buffer, SourceFile, read_file
 from sllmctl.core.header import parse_index, shown
 from sllmctl.core.manifest import MANIFEST_NAME, FileDigest, Manifest, ShardDigest, read_manifest
 from sllmctl.core.progress import ProgressFn
@@ -190,10 +191,7 @@ class _Check:
     def _open(self, index: str | None, names: Sequence[str]) -> None:
         weight_map = None
         if index is not None:
-            try:
-                weight_map = parse_index((self.path / index).read_bytes(), str(self.path / index))
-            except OSError as exc:
-                raise CheckpointError(f"cannot read `{index}`: {exc.strerror}") from exc
+            weight_map = parse_index(read_file(self.path / index), str(self.path / index))
             names = sorted(set(weight_map.values()))
         checkpoint = open_shards(
             self.path, names, (index, weight_map) if index and weight_map is not None else None
@@ -209,13 +207,15 @@ class _Check:
         for shard in shards:
             path = self.path / shard.name
             try:
-                size = path.stat().st_size
-                path.open("rb").close()
-            except OSError as exc:
-                kind = "missing" if isinstance(exc, FileNotFoundError) else "read"
-                what = "is missing" if kind == "missing" else f"cannot be read: {exc.strerror}"
-                self.found(kind, shard.name, f"`{shard.name}` {what}")
+                source = SourceFile(path)
+            except ReadError as exc:
+                if exc.errno == errno.ENOENT:
+                    self.found("missing", shard.name, f"`{shard.name}` is missing")
+                else:
+                    self.found("read", shard.name, str(exc))
                 continue
+            size = source.size
+            source.close()
             if size != shard.size:
                 self.found(
                     "size",

@@ -91,6 +91,16 @@ def test_a_missing_shard_is_found(converted: Path) -> None:
     assert kinds(converted) == [("missing", path.name)]
 
 
+@pytest.mark.parametrize("pattern", ["model-00001-of-*", "config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_found(converted: Path, pattern: str) -> None:
+    name = next(converted.glob(pattern)).name
+    (converted / name).unlink()
+    os.mkfifo(converted / name)
+    problems = verify(converted).problems
+    assert [(p.kind, p.file) for p in problems] == [("read", name)]
+    assert problems[0].message.endswith("is not a regular file")
+
+
 def test_a_truncated_shard_is_found(converted: Path) -> None:
     path = max(converted.glob("*.safetensors"))
     size = path.stat().st_size

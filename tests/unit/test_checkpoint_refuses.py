@@ -243,6 +243,7 @@ GOOD_MAP = {"a": "one.safetensors", "b": "two.safetensors"}
         ({"a": "a\0b"}, "which is not a file beneath"),
         ({"a": 5}, "maps tensor `a` to no file name"),
         ({"a": None}, "maps tensor `a` to no file name"),
+        ({}, "maps no tensor to a file"),
         ([], "has no object `weight_map`"),
         (None, "has no object `weight_map`"),
     ],
@@ -299,6 +300,32 @@ def test_refuses_what_is_no_regular_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rmdir()
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="is not a regular file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "sllmctl.json"])
+def test_a_description_that_would_block_or_never_end_is_refused(name: str, tmp_path: Path) -> None:
+    path = sharded(tmp_path, GOOD_MAP) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        open_checkpoint(tmp_path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        open_checkpoint(tmp_path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**40)
+    with pytest.raises(CheckpointError, match="the limit is 100000000"):
+        open_checkpoint(tmp_path)
+
+
+def test_refuses_a_part_of_what_the_names_count(tmp_path: Path) -> None:
+    for number in (1, 3):
+        header = {f"t{number}": entry("U8", [1], 0, 1)}
+        write_raw(tmp_path / f"model-0000{number}-of-00003.safetensors", header, b"a")
+    with pytest.raises(CheckpointError, match="`model-00002-of-00003.safetensors` is missing"):
         open_checkpoint(tmp_path)
 
 

@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sllmctl.core.checkpoint import all_parts
 from sllmctl.core.hub.files import indexed_files
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD_OF = re.compile(r"(.*-)(\d+)-of-(\d+)(\.\w+)")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -134,10 +134,5 @@ def _is_whole(folder: Path) -> bool:
     except OSError:
         return False
     if not promised:
-        for match in filter(None, map(_SHARD_OF.fullmatch, weights)):
-            stem, number, count, suffix = match.groups()
-            width = len(number)
-            promised |= {
-                f"{stem}{i:0{width}}-of-{count}{suffix}" for i in range(1, int(count[:6]) + 1)
-            }
+        promised = all_parts(weights)
     return bool(weights) and promised <= names
