@@ -180,3 +180,57 @@ def test_torch_files_are_found_by_the_usual_names(tmp_path: Path) -> None:
     ]
     with pytest.raises(CheckpointNotFound, match="no weights"):
         weights("training_args.bin", "README.md")
+
+
+@pytest.mark.parametrize("what", ["link", "pipe"])
+def test_weights_that_cannot_be_read_are_not_passed_over(
+    source: Path, target: Path, what: str
+) -> None:
+    fill(source, "pytorch_model.bin")
+    name = next(source.glob("*.safetensors")).name
+    (source / name).unlink()
+    if what == "link":
+        (source / name).symlink_to(source / "gone")
+    else:
+        os.mkfifo(source / name)
+    with pytest.raises(CheckpointError, match=rf"{name}` (leads nowhere|is no regular file)"):
+        convert(source, target)
+    assert not target.exists()
+
+
+def test_a_part_of_what_the_names_count_is_refused(tmp_path: Path, target: Path) -> None:
+    fill(tmp_path / "some", "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(CheckpointError, match=r"`pytorch_model-00002-of-00002\.bin` is missing"):
+        convert(tmp_path / "some", target)
+    part = "model-00001-of-00002.safetensors"
+    write_checkpoint(tmp_path / "part", {part: some_tensors(3)})
+    with pytest.raises(CheckpointError, match="`model-00002-of-00002.safetensors` is missing"):
+        convert(tmp_path / "part", target)
+    convert(tmp_path / "part" / part, target)
+    assert_same_tensors(target, some_tensors(3))
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(source, "tokenizer/vocab.txt")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path) == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused = str(source / "tokenizer")
+    warnings = convert(source, target).warnings
+    assert warnings == ("`tokenizer` cannot be read (Permission denied (EACCES)) and stays behind",)
+    refused = str(source)
+    with pytest.raises(CheckpointError, match=r"cannot read .*\(EACCES\)"):
+        list_source(source)
+
+
+def test_patterns_that_leave_no_weights_are_named(source: Path) -> None:
+    with pytest.raises(CheckpointNotFound) as caught:
+        list_source(source, include=["*.txt"])
+    assert caught.value.hint == "--include and --exclude may leave them out"

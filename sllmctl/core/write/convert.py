@@ -15,6 +15,7 @@ import xxhash
 
 from sllmctl.core.checkpoint import SINGLE_NAME, Format, open_checkpoint
 from sllmctl.core.dtypes import CAST_CODES
+from sllmctl.core.fileio import read_file
 from sllmctl.core.manifest import Manifest, Origin, read_manifest
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.assemble import Recipe, assemble
@@ -265,8 +266,8 @@ def _read_config(listing: Listing) -> dict[str, Any]:
     for file in listing.others:
         if file.name == _CONFIG_NAME:
             try:
-                config = json.loads(file.path.read_bytes())
-            except (OSError, ValueError, RecursionError) as exc:
+                config = json.loads(read_file(file.path))
+            except (ValueError, RecursionError) as exc:
                 raise CheckpointError(f"cannot read `{file.path}`: {exc}") from exc
             if isinstance(config, dict):
                 return config

@@ -17,8 +17,9 @@ from sllmctl.core.checkpoint import (
     holds_sllm_store,
     natural_key,
     open_shards,
+    require_all_parts,
 )
-from sllmctl.core.fileio import SourceFile
+from sllmctl.core.fileio import SourceFile, errno_text, read_file
 from sllmctl.core.header import parse_index, shown
 from sllmctl.core.manifest import MANIFEST_NAME
 from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
@@ -116,37 +117,50 @@ def list_source(
 
     Raises:
         CheckpointNotFound: No such path, or no weights in it.
-        CheckpointError: The weights' index is damaged, or names a file that is not there.
+        CheckpointError: The weights' index is damaged, or a file that it names, or that the other
+            files' names count, is not there.
     """
     if path.is_file():
         path, files = path.parent, (path.name,)
     elif not path.is_dir():
         raise CheckpointNotFound(f"there is no directory `{path}`")
-    warnings: list[str] = []
     wanted = None if files is None else set(files)
-    found = {
-        file.name: file
-        for file in _walk(path, warnings)
-        if (wanted is None or file.name in wanted)
-        and (not include or _matches(file.name, include))
-        and not _matches(file.name, exclude)
-    }
-    top = [name for name in found if "/" not in name]
-    kind, index_name, names = _find_weights(path, top)
-    index = None
-    if index_name is not None:
-        index = found[index_name]
+
+    def takes_part(name: str) -> bool:
+        return (
+            (wanted is None or name in wanted)
+            and (not include or _matches(name, include))
+            and not _matches(name, exclude)
+        )
+
+    skipped: dict[str, str] = {}
+    found = {file.name: file for file in _walk(path, skipped) if takes_part(file.name)}
+    skipped = {name: why for name, why in skipped.items() if takes_part(name)}
+    top = [name for name in (*found, *skipped) if "/" not in name]
+    try:
+        kind, index_name, names = _find_weights(path, top)
+    except CheckpointNotFound as exc:
+        hint = "--include and --exclude may leave them out" if include or exclude else exc.hint
+        raise CheckpointNotFound(str(exc), hint=hint) from exc
+
+    def take(name: str) -> FoundFile:
+        if name not in found:
+            what = f"`{path / str(index_name)}` names {shown(name)}, which is not there"
+            if name in skipped:
+                what = f"`{path / name}` {skipped[name]}"
+            raise CheckpointError(what, hint="the download or copy is incomplete")
+        return found[name]
+
+    index = None if index_name is None else take(index_name)
     if index is not None and kind != "sllm-store":
         names = sorted(
-            set(parse_index(_read(index.path), str(index.path)).values()), key=natural_key
+            set(parse_index(read_file(index.path), str(index.path)).values()), key=natural_key
         )
-    for name in names:
-        if name not in found:
-            raise CheckpointError(
-                f"`{path / str(index_name)}` names {shown(name)}, which is not there",
-                hint="the download or copy is incomplete",
-            )
+    elif not (files or include or exclude):
+        require_all_parts(path, names)
+    weights = tuple(map(take, names))
     chosen = set(names)
+    warnings = [f"`{name}` {why} and stays behind" for name, why in skipped.items()]
     others = []
     for name, file in found.items():
         if name in chosen or name == MANIFEST_NAME or name.startswith(RANK_STATES):
@@ -164,9 +178,7 @@ def list_source(
         else:
             others.append(file)
     others.sort(key=lambda file: file.name)
-    return Listing(
-        path, kind, tuple(found[name] for name in names), index, tuple(others), tuple(warnings)
-    )
+    return Listing(path, kind, weights, index, tuple(others), tuple(warnings))
 
 
 def _find_weights(path: Path, names: Sequence[str]) -> tuple[str, str | None, list[str]]:
@@ -200,7 +212,7 @@ def list_beside(
     """
     return [
         file
-        for file in _walk(path, [])
+        for file in _walk(path, {})
         if file.name.partition("/")[0] not in without
         and (not include or _matches(file.name, include))
         and not _matches(file.name, (*exclude, *OTHER_FORMATS))
@@ -216,7 +228,7 @@ def open_safetensors(listing: Listing) -> Weights:
         ReadError: A file cannot be opened.
     """
     index = listing.index
-    weight_map = None if index is None else parse_index(_read(index.path), str(index.path))
+    weight_map = None if index is None else parse_index(read_file(index.path), str(index.path))
     checkpoint = open_shards(
         listing.path,
         [file.name for file in listing.weights],
@@ -250,17 +262,25 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(last, p) for p in patterns)
 
 
-def _walk(root: Path, warnings: list[str]) -> Iterator[FoundFile]:
-    """Yield the regular files below a directory, links to files resolved."""
+def _walk(root: Path, skipped: dict[str, str]) -> Iterator[FoundFile]:
+    """Yield the regular files below a directory, links to files resolved.
+
+    ``skipped`` receives why anything else is not among them, by relative name.
+    """
+
+    def unreadable(exc: OSError) -> None:
+        if Path(exc.filename) == root:
+            raise CheckpointError(f"cannot read `{root}`: {errno_text(exc)}") from exc
+        skipped[os.path.relpath(exc.filename, root)] = f"cannot be read ({errno_text(exc)})"
+
     allowed = _link_roots(root)
-    for directory, subdirectories, names in os.walk(root):
+    for directory, subdirectories, names in os.walk(root, onerror=unreadable):
         here = Path(directory)
         for name in list(subdirectories):
             if name in SKIPPED_DIRECTORIES:
                 subdirectories.remove(name)
             elif (here / name).is_symlink():
-                relative = (here / name).relative_to(root)
-                warnings.append(f"`{relative}` is a link to a directory and stays behind")
+                skipped[(here / name).relative_to(root).as_posix()] = "is a link to a directory"
         for name in names:
             path = here / name
             relative_name = path.relative_to(root).as_posix()
@@ -269,10 +289,10 @@ def _walk(root: Path, warnings: list[str]) -> Iterator[FoundFile]:
             try:
                 status = path.stat()
             except OSError:
-                warnings.append(f"`{relative_name}` leads nowhere and stays behind")
+                skipped[relative_name] = "leads nowhere"
                 continue
             if not stat.S_ISREG(status.st_mode):
-                warnings.append(f"`{relative_name}` is no regular file and stays behind")
+                skipped[relative_name] = "is no regular file"
                 continue
             outside = path.is_symlink() and not any(
                 Path(os.path.realpath(path)).is_relative_to(root) for root in allowed
@@ -301,13 +321,6 @@ def _find_torch_files(path: Path, names: Sequence[str]) -> tuple[str | None, lis
             hint="give the directory that holds the weights themselves",
         )
     return None, named or files
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise CheckpointError(f"cannot read `{path}`: {exc.strerror}") from exc
 
 
 def source_stamps(listing: Listing, *, with_times: bool) -> Mapping[str, list[int]]:

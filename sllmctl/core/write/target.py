@@ -206,6 +206,7 @@ def require_replaceable(path: Path, *, force: bool) -> None:
     Raises:
         ConfigError: Something is there, and ``force`` is not given; or it is no checkpoint, or
             a mount point, which are never replaced.
+        CheckpointError: It cannot be read.
     """
     if not os.path.lexists(path):
         return
@@ -216,7 +217,10 @@ def require_replaceable(path: Path, *, force: bool) -> None:
             f"`{path}` is a mount point, which nothing can take the place of",
             hint="choose a directory inside it",
         )
-    names = [entry.name for entry in path.iterdir()]
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as exc:
+        raise CheckpointError(f"cannot look at `{path}`: {errno_text(exc)}") from exc
     if not names:
         return
     if not force:
