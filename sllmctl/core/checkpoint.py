@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import eq, itemgetter
@@ -43,6 +43,9 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+STATE_NAME = ".sllmctl-state"
+"""In a directory that a conversion fills: its shards may have headers, and tensors of zeros."""
+
 Format = Literal["safetensors", "sllm-store"]
 _NUMBERS = re.compile(r"([0-9]+)")
 _PART = re.compile(r"(.*-)(\d+)-of-(\d+)(\.\w+)")
@@ -93,12 +96,12 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a checkpoint directory, or a single ``.safetensors`` file, and check its structure.
 
     A directory holds ``model.safetensors``, or an index ``*.safetensors.index.json``, or any
     number of ``*.safetensors`` files with disjoint names; or else what `sllm-store` writes. No
-    tensor data is read.
+    tensor data is read. What a conversion has not finished is refused, unless ``unfinished``.
 
     Raises:
         CheckpointNotFound: There is no such path, or no safetensors file in it, or none of those
@@ -121,6 +124,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 hint="give a checkpoint's directory, or a file that ends in .safetensors",
             )
         return open_shards(path.parent, [path.name], None, path=path)
+    if not unfinished:
+        require_finished(path, listed)
     if holds_sllm_store(listed):
         return open_sllm_store(path, manifest=read_manifest(path))
     index_name, names = find_shards(path, listed)
@@ -166,6 +171,19 @@ def find_shards(directory: Path, names: Sequence[str]) -> tuple[str | None, list
     if not shards:
         raise _not_found(directory, names)
     return None, shards
+
+
+def require_finished(directory: Path, names: Collection[str]) -> None:
+    """Check that a directory is none that a conversion fills, or left when it was killed.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    if STATE_NAME in names:
+        raise CheckpointError(
+            f"`{directory}` is what a conversion has not finished",
+            hint="convert the model again: it goes on where it stopped",
+        )
 
 
 def all_parts(names: Iterable[str]) -> set[str]:

@@ -26,6 +26,8 @@ PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """Safetensors' own limit. Source: ``MAX_HEADER_SIZE`` in its ``tensor.rs``."""
 
+LFS_START = b"version "
+LFS_HINT = "it was cloned without Git LFS: run `git lfs pull` in its repository"
 MAX_RANK = 64
 METADATA_KEY = "__metadata__"
 _MAX_DIM = 2**63 - 1
@@ -60,6 +62,15 @@ def shown(text: object) -> str:
     return f"`{one_line(text)}`"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: the name of a file need not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_prefix(prefix: bytes, file_size: int, file: str) -> int:
     """Return the header's length from the first 8 bytes of a file of ``file_size`` bytes.
 
@@ -70,6 +81,8 @@ def parse_prefix(prefix: bytes, file_size: int, file: str) -> int:
         raise CheckpointError(
             f"{shown(file)} is {file_size} bytes long, too short for a safetensors header"
         )
+    if prefix == LFS_START:
+        raise CheckpointError(f"{shown(file)} is a pointer to a file, not the file", hint=LFS_HINT)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

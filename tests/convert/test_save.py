@@ -82,10 +82,14 @@ def test_files_go_along(target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/x", "../x", "a/../../x", "", "sllmctl.json", "model.safetensors"]
+    "name",
+    [
+        *("/etc/x", "../x", "a/../../x", "", "a\0b", "a\udcff"),
+        *("sllmctl.json", "model.safetensors", ".sllmctl-state"),
+    ],
 )
 def test_files_stay_inside_and_out_of_the_way(target: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="leads out|itself uses"):
+    with pytest.raises(ConfigError, match="leads out|itself uses|is not valid Unicode"):
         save_tensors({"a": BASE}, target, files={name: b""})
     assert not target.parent.exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.write import target as target_module
 from sllmctl.core.write.convert import convert
 from sllmctl.core.write.target import Target
@@ -152,6 +153,15 @@ def test_a_partial_directory_of_another_conversion_is_discarded(source: Path, ta
     convert(source, target)
     assert_same_tensors(target, TENSORS)
     assert "other" not in files_of(target)
+
+
+def test_what_is_not_finished_is_no_checkpoint(source: Path, target: Path) -> None:
+    convert(source, target)
+    (target / ".sllmctl-state").write_text('{"fingerprint": "x"}\n')
+    with pytest.raises(CheckpointError, match="a conversion has not finished"):
+        open_checkpoint(target)
+    with pytest.raises(CheckpointError, match="a conversion has not finished"):
+        convert(target, target.parent / "other")
 
 
 def test_a_link_in_place_of_the_partial_directory_is_not_followed(

@@ -127,7 +127,7 @@ def test_the_state_dict_of_a_training_checkpoint_is_taken(source: Path, target: 
         ({1: BASE}, "the name `1` is not text"),
         ([BASE], "holds a list, not tensors by name"),
         (BASE, "holds a Tensor, not tensors by name"),
-        ({"a": BASE.to_sparse()}, "tensor `a` is sparse or quantized"),
+        ({"a": BASE.to_sparse()}, "tensor `a` is sparse, quantized or nested"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, "no type for torch.complex128"),
     ],
 )
@@ -175,6 +175,9 @@ def test_damaged_files_are_named(source: Path, target: Path) -> None:
         with pytest.raises(CheckpointError, match=f"`{path}`") as caught:
             convert(source, target)
         assert "\n" not in str(caught.value)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    with pytest.raises(CheckpointError, match="is a pointer to a file, not the file"):
+        convert(source, target)
 
 
 def test_a_big_endian_file_is_refused(source: Path, target: Path) -> None:

@@ -190,6 +190,7 @@ def test_refuses_what_safetensors_reads_one_way_or_another(what: str, tmp_path: 
         (b"", "is 0 bytes long, too short"),
         (bytes(7), "is 7 bytes long, too short"),
         ((3).to_bytes(8, "little") + b"{}", "announces a header of 3 bytes but is 10 bytes long"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer to a file, not the file"),
         ((10**8 + 1).to_bytes(8, "little"), "a header of 100000001 bytes; the limit is 100000000"),
         (b"\xff" * 8, "a header of 18446744073709551615 bytes; the limit"),
     ],

@@ -142,7 +142,7 @@ def assemble(
                 read_back(target.directory, shards, progress)
                 verify_s = time.perf_counter() - started - write_s
             # What our own reader refuses must never take the place of a checkpoint.
-            open_checkpoint(target.directory)
+            open_checkpoint(target.directory, unfinished=True)
             manifest = _manifest(recipe, layouts, shards, others)
             _write_file(target.directory, MANIFEST_NAME, format_manifest(manifest))
             if check_source is not None:

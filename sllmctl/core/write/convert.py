@@ -122,7 +122,8 @@ def convert(
     if file_format not in FORMATS:
         raise ConfigError(f"`{file_format}` is not a format to convert to", hint="; ".join(FORMATS))
     source = Path(source)
-    origin = origin or Origin(path=os.path.realpath(source))
+    place = os.fsencode(os.path.realpath(source)).decode(errors="backslashreplace")
+    origin = origin or Origin(path=place)
     check_places(source, target)
 
     def look() -> Listing:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from sllmctl.core.checkpoint import INDEX_SUFFIX, SUFFIX
+from sllmctl.core.checkpoint import INDEX_SUFFIX, STATE_NAME, SUFFIX
+from sllmctl.core.header import is_unicode
 from sllmctl.core.manifest import MANIFEST_NAME, Origin
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.write.assemble import Recipe, assemble
@@ -53,9 +54,13 @@ def save_tensors(
     files = files or {}
     for name in files:
         path = PurePosixPath(name)
+        if not is_unicode(name) or "\0" in name:
+            raise ConfigError(f"the file name {name!a} is not valid Unicode, or holds a NUL")
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise ConfigError(f"the file name `{name}` leads out of the checkpoint")
-        if name == MANIFEST_NAME or ("/" not in name and name.endswith((SUFFIX, INDEX_SUFFIX))):
+        if name in (MANIFEST_NAME, STATE_NAME) or (
+            "/" not in name and name.endswith((SUFFIX, INDEX_SUFFIX))
+        ):
             raise ConfigError(f"the file name `{name}` is one that the checkpoint itself uses")
     require_replaceable(target, force=force)
     recipe = Recipe(

@@ -18,9 +18,10 @@ from sllmctl.core.checkpoint import (
     natural_key,
     open_shards,
     require_all_parts,
+    require_finished,
 )
 from sllmctl.core.fileio import SourceFile, errno_text, read_file
-from sllmctl.core.header import parse_index, shown
+from sllmctl.core.header import is_unicode, parse_index, shown
 from sllmctl.core.manifest import MANIFEST_NAME
 from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
 from sllmctl.core.sllm_store import MODULES_NAME, TIED_NAME, is_data_name
@@ -136,6 +137,7 @@ def list_source(
     skipped: dict[str, str] = {}
     found = {file.name: file for file in _walk(path, skipped) if takes_part(file.name)}
     skipped = {name: why for name, why in skipped.items() if takes_part(name)}
+    require_finished(path, found)
     top = [name for name in (*found, *skipped) if "/" not in name]
     try:
         kind, index_name, names = _find_weights(path, top)
@@ -147,7 +149,7 @@ def list_source(
         if name not in found:
             what = f"`{path / str(index_name)}` names {shown(name)}, which is not there"
             if name in skipped:
-                what = f"`{path / name}` {skipped[name]}"
+                what = f"{shown(path / name)} {skipped[name]}"
             raise CheckpointError(what, hint="the download or copy is incomplete")
         return found[name]
 
@@ -160,7 +162,7 @@ def list_source(
         require_all_parts(path, names)
     weights = tuple(map(take, names))
     chosen = set(names)
-    warnings = [f"`{name}` {why} and stays behind" for name, why in skipped.items()]
+    warnings = [f"{shown(name)} {why} and stays behind" for name, why in skipped.items()]
     others = []
     for name, file in found.items():
         if name in chosen or name == MANIFEST_NAME or name.startswith(RANK_STATES):
@@ -285,6 +287,9 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[FoundFile]:
             path = here / name
             relative_name = path.relative_to(root).as_posix()
             if name.endswith(".lock"):
+                continue
+            if not is_unicode(relative_name):
+                skipped[relative_name] = "has a name that is no UTF-8"
                 continue
             try:
                 status = path.stat()

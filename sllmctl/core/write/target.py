@@ -19,14 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from sllmctl.core.checkpoint import SUFFIX
+from sllmctl.core.checkpoint import STATE_NAME, SUFFIX
 from sllmctl.core.fileio import errno_text
 from sllmctl.core.manifest import MANIFEST_NAME, ShardDigest
 from sllmctl.core.oscalls import exchange, rename_new, sync_directory
 from sllmctl.core.sllm_store import INDEX_NAME as SLLM_INDEX_NAME
 from sllmctl.errors import CheckpointError, ConfigError
 
-_STATE_NAME = ".sllmctl-state"
 _MODEL_FILES = {MANIFEST_NAME, SLLM_INDEX_NAME, "config.json", "tokenizer_config.json"}
 """A directory with one of these is a model's: a tokenizer may be saved before its weights."""
 _FORCE_HINT = "replace it with --force, or choose another place with --output"
@@ -84,7 +83,7 @@ class Target:
 
     def record(self, digest: ShardDigest) -> None:
         """Note that a shard is complete and on disk: a later conversion may keep it."""
-        with (self.directory / _STATE_NAME).open("a") as state:
+        with (self.directory / STATE_NAME).open("a") as state:
             state.write(json.dumps(asdict(digest)) + "\n")
             state.flush()
             os.fsync(state.fileno())
@@ -97,7 +96,7 @@ class Target:
             CheckpointError: It cannot be renamed.
         """
         try:
-            (self.directory / _STATE_NAME).unlink()
+            (self.directory / STATE_NAME).unlink()
             for parent, _, _ in os.walk(self.directory):
                 sync_directory(Path(parent))
             self._swap()
@@ -170,7 +169,7 @@ class Target:
                 self.done[entry.name] = digest
             else:
                 remove_tree(entry)
-        with (self.directory / _STATE_NAME).open("w") as state:
+        with (self.directory / STATE_NAME).open("w") as state:
             state.write(json.dumps({"fingerprint": fingerprint}) + "\n")
         for digest in self.done.values():
             self.record(digest)
@@ -249,7 +248,7 @@ def _read_state(directory: Path, fingerprint: str) -> dict[str, ShardDigest]:
     """Read which shards are complete; none if the state is of another conversion or torn."""
     kept: dict[str, ShardDigest] = {}
     try:
-        first, *rest = (directory / _STATE_NAME).read_text().splitlines()
+        first, *rest = (directory / STATE_NAME).read_text().splitlines()
         if json.loads(first) != {"fingerprint": fingerprint}:
             return {}
         for line in rest:

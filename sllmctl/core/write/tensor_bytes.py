@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sllmctl.core.dtypes import dtype_code, stored_shape
 from sllmctl.core.fileio import Buffer
-from sllmctl.core.header import shown
+from sllmctl.core.header import is_unicode, shown
 from sllmctl.core.manifest import CHUNK_BYTES
 from sllmctl.core.write.layout import TensorSpec
 from sllmctl.core.write.sources import Weights
@@ -113,15 +113,16 @@ def _check(name: object, tensor: object) -> None:
 
     if not isinstance(name, str):
         raise CheckpointError(f"the name {shown(name)} is not text")
-    try:
-        name.encode()
-    except UnicodeEncodeError as exc:
-        raise CheckpointError(f"the name {name!a} is not valid Unicode") from exc
+    if not is_unicode(name):
+        raise CheckpointError(f"the name {name!a} is not valid Unicode")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
             f"{shown(name)} is of type {type(tensor).__name__}, not a tensor",
             hint="save the model's state_dict alone",
         )
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        what = "on the meta device" if tensor.device.type == "meta" else "sparse or quantized"
+    plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+    if not plain or tensor.device.type == "meta":
+        what = (
+            "on the meta device" if tensor.device.type == "meta" else "sparse, quantized or nested"
+        )
         raise CheckpointError(f"tensor {shown(name)} is {what}: it has no plain bytes to store")

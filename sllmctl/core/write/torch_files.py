@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sllmctl.core.fileio import SourceFile
-from sllmctl.core.header import shown
+from sllmctl.core.header import LFS_HINT, LFS_START, shown
 from sllmctl.core.write.layout import TensorSpec
 from sllmctl.core.write.sources import Listing, Weights
 from sllmctl.core.write.tensor_bytes import collect_tensors
@@ -86,7 +86,13 @@ def _open_file(source: SourceFile) -> Weights:
                 f"`{source.path}` holds more than tensors: reading it would run code of its own",
                 hint="find the model in safetensors, or save its state_dict alone",
             ) from exc
-        reason = str(exc).strip().partition("\n")[0].partition(". ")[0]
+        with source.path.open("rb") as file:
+            start = file.read(len(LFS_START))
+        if start == LFS_START:
+            raise CheckpointError(
+                f"`{source.path}` is a pointer to a file, not the file", hint=LFS_HINT
+            ) from exc
+        reason = str(exc).strip().partition("\n")[0].partition(". ")[0] or type(exc).__name__
         raise CheckpointError(f"`{source.path}` is not a readable torch file: {reason}") from exc
     tensors = _state_dict(loaded, source.path)
     try:
