@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated, ParamSpec
 
@@ -15,8 +17,10 @@ import typer
 from sllmctl import __version__
 from sllmctl.commands import bench, convert, doctor, load, ls, serve, store, verify
 from sllmctl.console import Console
+from sllmctl.core.header import one_line, shown
 from sllmctl.errors import SllmError
 
+EXIT_LACKING = 4
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
@@ -85,8 +89,7 @@ def _ending(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            _leave(EXIT_INTERRUPTED)
+            _interrupted()
         except BrokenPipeError:
             _leave(EXIT_PIPE)
 
@@ -117,23 +120,59 @@ def main() -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    sys.unraisablehook = _lost
+    _let_stdout_write_all()
     try:
         # Named, because the completion of `python -m sllmctl` would else be one for python.
         app(prog_name="sllmctl")
-    except SllmError as exc:
-        if debug:
-            raise
-        Console.choose(as_json="--json" in arguments, quiet=False).error(exc, exc.exit_code)
-        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        _interrupted()
     except Exception as exc:
         if debug:
             raise
-        bug = SllmError(
-            f"unexpected {type(exc).__name__}: {exc}",
-            hint="this is a bug: run the command again with --debug and report the traceback",
-        )
-        Console.choose(as_json="--json" in arguments, quiet=False).error(bug, EXIT_BUG)
-        sys.exit(EXIT_BUG)
+        error, code = _explain(exc)
+        Console.choose(as_json="--json" in arguments, quiet=False).error(error, code)
+        sys.exit(code)
+
+
+def _explain(exc: Exception) -> tuple[SllmError, int]:
+    """What to report of a failure, and its exit code."""
+    if isinstance(exc, SllmError):
+        return exc, exc.exit_code
+    if isinstance(exc, MemoryError):
+        return SllmError("this machine gave no more memory", hint="see `ulimit -v`"), 1
+    if isinstance(exc, ImportError):
+        hint = "`sllmctl doctor` says which packages are here and whether they fit together"
+        return SllmError(f"cannot import a library: {one_line(exc)}", hint=hint), EXIT_LACKING
+    if isinstance(exc, OSError) and exc.filename is not None:
+        # Of a path that nobody expected to be refused: the machine's doing, not ours.
+        return SllmError(f"{exc.strerror}: {shown(exc.filename)}"), 1
+    hint = "this is a bug: run the command again with --debug and report the traceback"
+    return SllmError(f"unexpected {type(exc).__name__}: {exc}", hint=hint), EXIT_BUG
+
+
+def _let_stdout_write_all() -> None:
+    """Names of files are bytes: no name may end a command that has done its work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def _lost(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat a Ctrl-C that met a finalizer, such as those of Python's own imports."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        # Not at once: here it would be lost again.
+        main_thread = threading.main_thread().ident
+        timer = threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _interrupted() -> None:
+    print("interrupted", file=sys.stderr)
+    _leave(EXIT_INTERRUPTED)
 
 
 def _leave(code: int) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from sllmctl.core.header import is_unicode
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.units import format_rate, format_seconds, format_size
 from sllmctl.errors import SllmError
@@ -52,7 +53,7 @@ class Console:
     def result(self, document: dict[str, Any], *, quiet: object, human: Sequence[str]) -> None:
         """Write a command's result: the document, the one value, or lines for people."""
         if self.format is Format.JSON:
-            print(json.dumps(document, ensure_ascii=False))
+            print(_json(document))
         elif self.format is Format.QUIET:
             if quiet != "":
                 print(quiet)
@@ -100,7 +101,7 @@ class Console:
                 "hint": exc.hint,
                 "exit_code": exit_code,
             }
-            print(json.dumps(document, ensure_ascii=False))
+            print(_json(document))
 
     @contextmanager
     def progress(self) -> Iterator[ProgressFn | None]:
@@ -207,6 +208,11 @@ def _rich(*, stderr: bool) -> RichConsole:
     from rich.console import Console as RichConsole
 
     return RichConsole(stderr=stderr)
+
+
+def _json(document: dict[str, Any]) -> str:
+    text = json.dumps(document, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(document)
 
 
 def _width(text: str) -> int:
