@@ -299,4 +299,4 @@ def save_tensors(
     """
     from sllmctl.core.write.save import save_tensors as save
 
-    return save(tensors, Path(path), files=files, force=force).path
+    return save(tensors, Path(path).expanduser(), files=files, force=force).path

@@ -66,8 +66,8 @@ class LoadOptions:
         mode = map_files or os.environ.get("SLLMCTL_MAP") or "auto"
         if mode not in ("auto", "never"):
             raise ConfigError(f"`{mode}` is not a way to map files", hint="use auto or never")
-        count = threads if threads is not None else os.environ.get("SLLMCTL_THREADS") or 0
-        if not str(count).isdigit() or int(count) > MAX_THREADS:
+        count = threads if threads is not None else os.environ.get("SLLMCTL_THREADS")
+        if count not in (None, "") and str(count) not in map(str, range(1, MAX_THREADS + 1)):
             raise ConfigError(f"`{count}` reader threads", hint=f"use 1 to {MAX_THREADS}")
         size = chunk_size or os.environ.get("SLLMCTL_CHUNK_SIZE") or 0
         chunk_bytes = size if isinstance(size, int) else parse_size(size)
@@ -76,7 +76,7 @@ class LoadOptions:
                 f"a chunk of {chunk_bytes} bytes is no multiple of {PAGE_BYTES} up to 1GiB",
                 hint="write it like 16MiB",
             )
-        return cls("never" if mode == "never" else "auto", verify, int(count), chunk_bytes)
+        return cls("never" if mode == "never" else "auto", verify, int(count or 0), chunk_bytes)
 
 
 @dataclass(slots=True)

@@ -87,6 +87,17 @@ def test_a_device_that_is_not_there_exits_4(sllmctl: Run, tiny_checkpoint: Path)
     assert sllmctl("load", tiny_checkpoint, "--device", "npu:0").returncode == 4
 
 
+@pytest.mark.parametrize("count", ["0", "65", "-1", "x", "²"])
+def test_a_count_of_threads_that_makes_no_sense(
+    sllmctl: Run, tiny_checkpoint: Path, count: str
+) -> None:
+    done = sllmctl("load", tiny_checkpoint, SLLMCTL_THREADS=count)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: `{count}` reader threads\n\nhint: use 1 to 64\n",
+    )
+
+
 @pytest.mark.parametrize("arguments", [["load"], ["load", "x", "--nonsense"], ["nonsense"]])
 def test_a_wrong_command_line_exits_2(sllmctl: Run, arguments: list[str]) -> None:
     done = sllmctl(*arguments)

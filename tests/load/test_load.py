@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sllmctl import load_tensors, stream_tensors
+from sllmctl import load_tensors, save_tensors, stream_tensors
 from sllmctl.core import load as load_module
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.load import LoadOptions, load
@@ -276,3 +276,18 @@ def test_a_stream_never_mixes_two_versions_of_a_checkpoint(tiny_checkpoint: Path
     replace_by_rename(tiny_checkpoint, 3)
     got |= dict(pairs)
     assert_equal(got, want)
+
+
+def test_a_use_of_the_store_that_is_none_is_refused(tiny_checkpoint: Path) -> None:
+    for use in (load_tensors, stream_tensors):
+        with pytest.raises(ConfigError, match="`required` is no use of a store"):
+            use(tiny_checkpoint, store="required")
+
+
+def test_what_is_saved_below_home_is_loaded_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tensors = {"a": torch.arange(3)}
+    assert save_tensors(tensors, "~/model") == tmp_path / "model"
+    assert_equal(load_tensors("~/model"), tensors)
