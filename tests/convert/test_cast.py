@@ -118,8 +118,11 @@ def test_a_configuration_that_lies_about_the_dtype_is_set_right(
     assert json.loads((target / "config.json").read_text()) == {"dtype": "bfloat16"}
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path, target: Path) -> None:
-    config = {"quantization_config": {"quant_method": "fp8"}}
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path, target: Path, part: str | None) -> None:
+    config: dict[str, object] = {"quantization_config": {"quant_method": "fp8"}}
+    if part is not None:
+        config = {part: config}
     source = make(tmp_path / "source", {"a": torch.ones(3)}, config)
     with pytest.raises(ConfigError, match="is quantized .*cannot be cast to bfloat16"):
         convert(source, target, dtype="bfloat16")

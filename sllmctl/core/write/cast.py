@@ -47,7 +47,7 @@ class Cast:
         self._to = CAST_CODES[dtype]
         self._lock = threading.Lock()
         self._overflows: Counter[str] = Counter()
-        if "quantization_config" in config:
+        if _is_quantized(config):
             raise ConfigError(
                 "the checkpoint is quantized (config.json has `quantization_config`): "
                 f"it cannot be cast to {dtype}",
@@ -140,6 +140,13 @@ class _CastBytes:
                 lost = int(after.isinf().sum()) - int(before.isinf().sum())
                 if lost:
                     self._cast.count_overflows(self._name, lost)
+
+
+def _is_quantized(config: Any) -> bool:
+    """Whether a configuration, or that of a part such as ``text_config``, tells of quantization."""
+    if not isinstance(config, dict):
+        return False
+    return config.get("quantization_config") is not None or any(map(_is_quantized, config.values()))
 
 
 def _main_dtype(tensors: list[TensorSpec]) -> str | None:
