@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 app = typer.Typer(
     name="sllmctl",
-    help="""Get model weights into an accelerator as fast as the hardware allows.
+    help="""Load LLM weights as fast as the disk, memory and device link allow.
 
     Examples:
 
@@ -58,13 +58,13 @@ def _main(
             "--verbose",
             "-v",
             count=True,
-            help="Log to stderr; twice for more.",
+            help="Log to stderr; -vv logs more.",
             metavar="",
             show_default=False,
         ),
     ] = 0,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show a traceback when something fails.")
+        bool, typer.Option("--debug", help="Show the traceback of a failure.")
     ] = False,
     version: Annotated[
         bool,

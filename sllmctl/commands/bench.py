@@ -46,31 +46,33 @@ class Only(str, Enum):
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="A checkpoint; without it, one is generated."),
+        typer.Argument(
+            metavar="MODEL", help="A name or a path; without one, a checkpoint is generated."
+        ),
     ] = None,
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="Size of the generated checkpoint.")
     ] = "1GB",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples of each row.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples per row.")] = 5,
     mode: Annotated[
         Mode,
         typer.Option(
             "--mode",
-            help="Ways to load; switching models by pool size; a process's start to its first "
-            "token; many processes, bytes, tensors; or all of it.",
+            help="What to measure: ways to load, model switches by pool size, process start to "
+            "first token, scaling with processes, bytes and tensors, or all of these.",
         ),
     ] = Mode.LOAD,
     only: Annotated[
         list[Only] | None,
-        typer.Option("--only", help="Measure this group of the mode load alone. Repeatable."),
+        typer.Option("--only", help="Measure only this group of --mode load. Repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to load to.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Device to load to.")] = "cpu",
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             metavar="DIR",
-            help="Write results.json, report.html and charts there.",
+            help="Write results.json, report.html and charts to this directory.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +81,7 @@ def bench(
         typer.Option(
             "--compare",
             metavar="OLD.json",
-            help="Mark rows that are faster or slower than in an earlier run's results.json.",
+            help="Mark rows that are faster or slower than in this earlier results.json.",
             show_default=False,
         ),
     ] = None,
@@ -87,9 +89,9 @@ def bench(
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the number of missed budgets")] = False,
 ) -> None:
-    """Measure every way to load a checkpoint here.
+    """Compare all ways to load a checkpoint on this machine.
 
-    The figures stand side by side, with the limits of the machine.
+    Figures stand next to the limits of disk, memory and device link.
 
     Examples:
 

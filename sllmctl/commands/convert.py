@@ -60,9 +60,7 @@ class Hub(str, Enum):
 def convert(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE", help="A model's name on a hub, or a local directory of weights."
-        ),
+        typer.Argument(metavar="SOURCE", help="A model's name on a hub, or a local directory."),
     ],
     output: Annotated[
         str | None,
@@ -70,40 +68,40 @@ def convert(
             "--output",
             "-o",
             metavar="DIRECTORY",
-            help="Where to. [default: the model's name below the storage path]",
+            help="Directory to write. [default: the model's name below the storage path]",
             show_default=False,
         ),
     ] = None,
     storage_path: StoragePath = None,
     dtype: Annotated[
         Dtype,
-        typer.Option("--dtype", help="What weights of the main floating dtype become."),
+        typer.Option("--dtype", help="Cast weights of the model's main floating dtype."),
     ] = Dtype.KEEP,
     format_: Annotated[
         Format,
-        typer.Option("--format", help="How weights are stored; sllm-store is for its own server."),
+        typer.Option("--format", help="Weight format to write; sllm-store is for its server."),
     ] = Format.SAFETENSORS,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of weights.")
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file.")
     ] = "16GiB",
     hub: Annotated[
         Hub,
         typer.Option(
             "--hub",
-            help="Where to download from. [default: $SLLMCTL_HUB, auto]",
+            help="Hub to download from. [default: $SLLMCTL_HUB, auto]",
             show_default=False,
         ),
     ] = Hub.AUTO,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False),
+        typer.Option("--revision", help="Branch, tag or commit to download.", show_default=False),
     ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
             "--include",
             metavar="PATTERN",
-            help="Only files whose name matches, other weight formats too. Repeatable.",
+            help="Use only files that match, of any weight format. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -112,7 +110,7 @@ def convert(
         typer.Option(
             "--exclude",
             metavar="PATTERN",
-            help="No files whose name matches. Repeatable.",
+            help="Leave out files that match. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -120,7 +118,7 @@ def convert(
         Engine | None,
         typer.Option(
             "--engine",
-            help="Start this engine once, and keep what each of its ranks holds: its rank state.",
+            help="Also start this engine once and save what each rank holds: its rank state.",
             show_default=False,
         ),
     ] = None,
@@ -130,7 +128,7 @@ def convert(
             "--tensor-parallel-size",
             metavar="N",
             min=1,
-            help="With --engine: how many ranks. [default: 1]",
+            help="With --engine: number of ranks. [default: 1]",
             show_default=False,
         ),
     ] = None,
@@ -139,23 +137,21 @@ def convert(
         typer.Option(
             "--engine-args",
             metavar="JSON",
-            help="With --engine: its further arguments, as they will be when it serves.",
+            help="With --engine: the other arguments that it will serve with.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a checkpoint that is there.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not read back what was written."),
+        typer.Option("--no-verify", help="Do not read back and compare what was written."),
     ] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the path")] = False,
 ) -> None:
     """Convert a model for fast loading, and verify the result.
 
-    A model on a hub is downloaded first.
+    A model named by its hub name is downloaded first.
 
     Examples:
 

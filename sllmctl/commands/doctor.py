@@ -16,85 +16,101 @@ def doctor(
         typer.Option(
             "--profile",
             metavar="auto|base|convert|store|vllm|sglang|build|all",
-            help="What the machine is for; several with commas. auto goes by what is installed.",
+            help="What the machine is for, comma-separated; auto goes by what is installed.",
         ),
     ] = "auto",
     only: Annotated[
-        str, typer.Option("--only", metavar="IDS", help="These checks alone, such as CANN,PY006.")
+        str,
+        typer.Option("--only", metavar="IDS", help="Run only these checks, such as CANN,PY006."),
     ] = "",
-    skip: Annotated[str, typer.Option("--skip", metavar="IDS", help="Not these checks.")] = "",
+    skip: Annotated[
+        str, typer.Option("--skip", metavar="IDS", help="Leave out these checks.")
+    ] = "",
     list_checks: Annotated[bool, typer.Option("--list", help="List all checks.")] = False,
     explain_id: Annotated[
-        str, typer.Option("--explain", metavar="ID", help="Say what a check is about.")
+        str, typer.Option("--explain", metavar="ID", help="Explain a check.")
     ] = "",
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as failures.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as failures.")] = False,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Try the devices too, in child processes.")
+        bool, typer.Option("--deep", help="Also try the devices, in child processes.")
     ] = False,
     no_exec: Annotated[
-        bool, typer.Option("--no-exec", help="Run no command, connect to nothing.")
+        bool, typer.Option("--no-exec", help="Run no commands and open no connections.")
     ] = False,
-    net: Annotated[bool, typer.Option("--net", help="Try whether hubs can be reached.")] = False,
+    net: Annotated[
+        bool, typer.Option("--net", help="Also check whether model hubs can be reached.")
+    ] = False,
     model: Annotated[
-        str, typer.Option("--model", help="The model that is to be loaded: a path or a hub name.")
+        str, typer.Option("--model", help="Model that will be loaded: a path or a hub name.")
     ] = "",
     storage_path: Annotated[
-        str, typer.Option("--storage-path", help="Where checkpoints are to live.")
+        str, typer.Option("--storage-path", help="Directory that will hold checkpoints.")
     ] = "",
     mem_pool_size: Annotated[
-        str, typer.Option("--mem-pool-size", metavar="SIZE", help="Memory that a store is to have.")
+        str, typer.Option("--mem-pool-size", metavar="SIZE", help="Memory that a store will get.")
     ] = "",
     base_url: Annotated[
-        str, typer.Option("--base-url", metavar="URL", help="A server to talk to, as clients do.")
+        str,
+        typer.Option(
+            "--base-url", metavar="URL", help="Inference server to query as a client would."
+        ),
     ] = "",
     served_model: Annotated[
-        str, typer.Option("--served-model", metavar="NAME", help="The model name that clients use.")
+        str, typer.Option("--served-model", metavar="NAME", help="Model name that clients use.")
     ] = "",
     source: Annotated[
         str,
         typer.Option(
             "--source",
             metavar="DIR",
-            help="Source of sllm-store or sgl-kernel-npu, to be built here.",
+            help="Source of sllm-store or sgl-kernel-npu that will be built here.",
         ),
     ] = "",
     lang: Annotated[
-        str, typer.Option("--lang", metavar="en|zh", help="Language. [default: the locale's]")
+        str,
+        typer.Option("--lang", metavar="en|zh", help="Output language. [default: the locale's]"),
     ] = "",
     root: Annotated[
         Path | None,
         typer.Option(
-            "--root", help="Look at a machine in a directory, which its machine.json describes."
+            "--root", help="Examine a machine recorded in a directory with a machine.json."
         ),
     ] = None,
     tables: Annotated[
-        Path | None, typer.Option("--tables", help="Version tables other than this release's.")
+        Path | None,
+        typer.Option("--tables", help="Use these version tables instead of the built-in ones."),
     ] = None,
     log: Annotated[
         str, typer.Option("--log", metavar="FILE", help="Explain an error log; - reads stdin.")
     ] = "",
     fix: Annotated[
-        bool, typer.Option("--fix", help="Mend what can be mended here, after asking.")
+        bool, typer.Option("--fix", help="Fix what can be fixed here, after asking.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what --fix would do.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what --fix would do.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     report: Annotated[
         str,
-        typer.Option("--report", metavar="FILE", help="Write a redacted report; - is stdout."),
+        typer.Option(
+            "--report", metavar="FILE", help="Write a redacted report; - writes to stdout."
+        ),
     ] = "",
     compare: Annotated[
         Path | None,
-        typer.Option("--compare", metavar="FILE", help="Compare with another machine's --json."),
+        typer.Option(
+            "--compare", metavar="FILE", help="Compare with another machine's --json output."
+        ),
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what passed, too.")
+        bool, typer.Option("--verbose", "-v", help="Also show the checks that passed.")
     ] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the verdict")] = False,
 ) -> None:
-    """Say what does not fit together here, and what to do.
+    """Find what is wrong with this machine, and say how to fix it.
 
-    Exits with 3 if something fails.
+    Exits with 3 if a check fails.
 
     Examples:
 

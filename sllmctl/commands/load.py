@@ -35,33 +35,40 @@ def load(
     device: Annotated[
         str,
         typer.Option(
-            "--device", help="Where to: npu:0, npu, cuda:1, cpu, or auto for what is there."
+            "--device", help="Target: npu:0, npu, cuda:1, cpu, or auto (npu, else cuda, else cpu)."
         ),
     ] = "cpu",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare every byte with the conversion's digests.")
+        bool,
+        typer.Option("--verify", help="Compare every byte with the digests of the conversion."),
     ] = False,
     map_files: Annotated[
         str | None,
         typer.Option(
             "--map",
             metavar="auto|never",
-            help="Map files that are in the page cache, or always copy. [default: auto]",
+            help="Map files that are in the page cache, or never map. [default: auto]",
             show_default=False,
         ),
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", help="Build the model and answer this.", show_default=False),
+        typer.Option(
+            "--prompt", help="Build the model and let it answer this.", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Length of the answer to --prompt.")
+        int,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Largest number of tokens in the answer to --prompt."
+        ),
     ] = 32,
     repeat: Annotated[
-        int, typer.Option("--repeat", min=1, help="Load so many times, and report the median.")
+        int, typer.Option("--repeat", min=1, help="Load N times and report the median.")
     ] = 1,
     store: Annotated[
-        Store, typer.Option("--store", help="Use a store that answers, no other way, or none.")
+        Store,
+        typer.Option("--store", help="Use a store if one is running, insist on one, or use none."),
     ] = Store.AUTO,
     socket: SocketPath = None,
     threads: Threads = None,
@@ -70,7 +77,9 @@ def load(
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the seconds")] = False,
 ) -> None:
-    """Load a checkpoint, time each stage, and prove that it works.
+    """Load a checkpoint and time each stage.
+
+    --verify checks every byte; --prompt builds the model and lets it answer.
 
     Examples:
 

@@ -56,7 +56,7 @@ def ls(
 ) -> None:
     """List the checkpoints in the storage path.
 
-    It shows size, tensors, how much is warm, element types and state.
+    Shows size, tensors, the part that is warm, element types and state.
 
     Examples:
 

@@ -12,12 +12,12 @@ StoragePath = Annotated[
     typer.Option(
         "--storage-path",
         file_okay=False,
-        help="Where checkpoints live, as ORG/NAME. "
+        help="Directory that holds checkpoints as ORG/NAME. "
         "[default: $SLLMCTL_STORAGE_PATH, $STORAGE_PATH, ./models]",
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -31,7 +31,7 @@ ChunkSize = Annotated[
     typer.Option(
         "--chunk-size",
         metavar="SIZE",
-        help="Largest read. [default: $SLLMCTL_CHUNK_SIZE, 8MiB]",
+        help="Largest single read. [default: $SLLMCTL_CHUNK_SIZE, 8MiB]",
         show_default=False,
     ),
 ]
@@ -39,7 +39,7 @@ Socket = Annotated[
     Path | None,
     typer.Option(
         "--socket",
-        help="The store's socket. [default: $SLLMCTL_SOCKET, $XDG_RUNTIME_DIR/sllmctl/store.sock, "
+        help="Socket of the store. [default: $SLLMCTL_SOCKET, $XDG_RUNTIME_DIR/sllmctl/store.sock, "
         "/run/sllmctl/store.sock]",
         show_default=False,
     ),
@@ -48,4 +48,4 @@ Socket = Annotated[
 
 def quiet_option(value: str) -> Any:
     """`--quiet`, for a command that prints this one value then."""
-    return typer.Option("--quiet", "-q", help=f"Print {value}, and nothing else.")
+    return typer.Option("--quiet", "-q", help=f"Print only {value}.")

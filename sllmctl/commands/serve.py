@@ -27,8 +27,7 @@ def serve(
             "--mem-pool-size",
             envvar="SLLMCTL_MEM_POOL_SIZE",
             metavar="SIZE",
-            help="Memory to keep checkpoints in: 4GB, 64GiB, or 50% of what is left. "
-            "[default: 25%]",
+            help="Memory for checkpoints: 4GB, 64GiB, or 50% of what is free. [default: 25%]",
             show_default=False,
         ),
     ] = None,
@@ -39,7 +38,7 @@ def serve(
         typer.Option(
             "--segment-size",
             metavar="SIZE",
-            help="Unit in which memory is given and taken. [default: 2MiB to 256MiB, by the pool]",
+            help="Unit in which the pool is divided. [default: 2MiB to 256MiB, by pool size]",
             show_default=False,
         ),
     ] = None,
@@ -48,20 +47,20 @@ def serve(
         typer.Option(
             "--group",
             metavar="GROUP",
-            help="Let this group's members (name or number) use the store.",
+            help="Let members of this group (name or number) use the store.",
             show_default=False,
         ),
     ] = None,
     preload: Annotated[
         list[str] | None,
-        typer.Option("--preload", metavar="NAME", help="Warm this model at the start. Repeatable."),
+        typer.Option("--preload", metavar="NAME", help="Warm this model at startup. Repeatable."),
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
             "--metrics",
             metavar="HOST:PORT",
-            help="Serve Prometheus metrics and /healthz, such as at 127.0.0.1:9464.",
+            help="Serve Prometheus metrics and /healthz here, such as 127.0.0.1:9464.",
             show_default=False,
         ),
     ] = None,
@@ -72,15 +71,15 @@ def serve(
             "--threads",
             min=1,
             max=64,
-            help="Reader threads of one fill.",
+            help="Reader threads for bringing in one model.",
             show_default=False,
         ),
     ] = None,
     json_logs: Annotated[
-        bool, typer.Option("--json-logs", help="Log JSON to stderr, an object a line.")
+        bool, typer.Option("--json-logs", help="Log JSON to stderr, one object per line.")
     ] = False,
 ) -> None:
-    """Keep checkpoints warm in memory, for every process here.
+    """Keep checkpoints warm in memory for all processes here.
 
     Runs in the foreground until SIGTERM or Ctrl-C.
 

@@ -19,7 +19,7 @@ _WATCH_EVERY_S = 1.0
 
 def status(
     socket: Socket = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second.")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the bytes in use")] = False,
 ) -> None:
@@ -54,12 +54,14 @@ def warm(
     models: Annotated[
         list[str], typer.Argument(metavar="NAME", help="Names below the store's storage path.")
     ],
-    pin: Annotated[bool, typer.Option("--pin", help="Keep them until they are evicted.")] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep them in memory until they are evicted by name.")
+    ] = False,
     socket: Socket = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("the warm bytes")] = False,
 ) -> None:
-    """Bring checkpoints into the store: their next load is warm.
+    """Bring checkpoints into the store before their next load.
 
     Examples:
 
@@ -110,16 +112,18 @@ def _warm_line(row: dict[str, Any]) -> str:
 
 def evict(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="As `status` shows them.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Names as `status` shows them.")
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every model that is neither in use nor pinned.")
+        bool, typer.Option("--all", help="Evict every model that is neither in use nor pinned.")
     ] = False,
     socket: Socket = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, quiet_option("the bytes given back")] = False,
+    quiet: Annotated[bool, quiet_option("the bytes freed")] = False,
 ) -> None:
-    """Give the memory of checkpoints back to the pool. A model in use is refused.
+    """Free the memory of checkpoints in the store.
+
+    A model that is in use is refused.
 
     Examples:
 

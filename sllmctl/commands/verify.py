@@ -25,7 +25,9 @@ def verify(
     as_json: AsJson = False,
     quiet: Annotated[bool, quiet_option("ok, or the number of problems")] = False,
 ) -> None:
-    """Find every damaged byte of a checkpoint; exit 3 if there is one.
+    """Find every damaged byte of a checkpoint.
+
+    Exits with 3 if anything is damaged.
 
     Examples:
 

@@ -23,6 +23,7 @@ from sllmctl.core.dtypes import DTYPE_BITS
 
 REFERENCE = generate.REFERENCE
 STALE = "stale: run `python -m docs.generate`"
+TERMINAL = 78  # Click leaves two of a terminal's 80 columns empty.
 
 
 def words(text: str, pattern: str) -> set[str]:
@@ -47,13 +48,13 @@ def test_help_and_page_have_the_same_options(command: generate.Command) -> None:
 
 @pytest.mark.parametrize("command", generate.commands(), ids=lambda command: command.name)
 def test_examples_in_help_stand_on_one_line_each_at_80_columns(command: generate.Command) -> None:
-    shown = CliRunner().invoke(cli.app, [command.name, "--help"], terminal_width=80).output
+    shown = CliRunner().invoke(cli.app, [command.name, "--help"], terminal_width=TERMINAL).output
     assert len(command.examples) == 2
     assert set(command.examples) <= {line.strip() for line in shown.splitlines()}
 
 
 def test_the_list_of_commands_cuts_no_sentence_at_80_columns() -> None:
-    shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=80).output
+    shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=TERMINAL).output
     for command in generate.commands():
         (line,) = re.findall(rf"^  {command.name} +(.*)$", shown, re.MULTILINE)
         assert command.summary.startswith(line)
