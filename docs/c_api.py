@@ -114,10 +114,10 @@ def paragraphs() -> Iterator[str]:
     assert opening is not None
     yield "# C library"
     yield (
-        "`native/include/sllm.h` is the interface of the library under `sllmctl`, and this page is "
-        "that header in another form. Python has it compiled in; a C or C++ program compiles "
-        "`native/src` along with its own files. It needs pthreads and dlopen, and neither CANN "
-        "nor CUDA."
+        "`native/include/sllm.h` is the interface of the library under `sllmctl`; this page is "
+        "made from that header. The Python package has the library compiled in. A C or C++ program "
+        "compiles `native/src` along with its own files; it needs pthreads and dlopen, but neither "
+        "CANN nor CUDA."
     )
     yield from map(_join, _plain(opening[1]).split("\n\n")[1:])
     yield (

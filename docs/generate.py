@@ -125,17 +125,17 @@ def cli_page() -> str:
     parts = [
         NOTICE,
         "# Command line",
-        "`sllmctl [OPTIONS] COMMAND …`, or `python -m sllmctl …`. `-h` and `--help` show what this "
-        "page does. Tab completion: `sllmctl --install-completion`.",
+        "`sllmctl [OPTIONS] COMMAND …`, or `python -m sllmctl …`. `-h` or `--help` shows the same "
+        "as this page. `sllmctl --install-completion` sets up tab completion.",
         _option_table(common_parameters()),
         "A MODEL that starts with `/`, `./`, `../` or `~` is a path; anything else is a name below "
-        "the storage path, such as `Qwen/Qwen3-8B`, or failing that an existing relative "
+        "the storage path, such as `Qwen/Qwen3-8B`, or, if there is none, an existing relative "
         "directory. Sizes are written like `512MiB`, `4GB` or `4096`; a GB is 10⁹ bytes, a GiB "
         "2³⁰.",
         "Results go to stdout; progress, warnings and errors to stderr. `--json` writes "
-        "[one document](json.md), `--quiet` the one value that a script wants. "
-        "[Exit codes](errors.md#exit-codes) say how it ended, and "
-        "[environment variables](environment.md) stand in for options.",
+        "[one document](json.md), `--quiet` only the one value that a script needs. See also the "
+        "[exit codes](errors.md#exit-codes), and the [environment variables](environment.md) that "
+        "set defaults.",
     ]
     for command in commands():
         arguments = [p for p in command.parameters if not p.names[0].startswith("-")]
@@ -213,40 +213,43 @@ def errors_page() -> str:
                 (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("``", "`"),
             ]
         )
-    columns = ["class", "is a", "and a", "`kind` in JSON", "exit code", "meaning"]
+    columns = ["class", "subclass of", "and of", "`kind` in JSON", "exit code", "meaning"]
     codes = [
         ["0", "done"],
-        ["1", "failed, and stderr says why"],
+        ["1", "failed; stderr says why"],
         ["2", "the command line was wrong"],
         [str(EXIT_PROBLEMS), "the command worked and found problems: `verify`, `doctor`"],
-        [str(errors.DeviceUnavailable.exit_code), "the machine lacks a device or its driver"],
+        [
+            str(errors.DeviceUnavailable.exit_code),
+            "the machine lacks a device, its driver or a library",
+        ],
+        [str(errors.StoreError.exit_code), "the store cannot be reached, or refused the request"],
         [
             str(cli.EXIT_BUG),
-            "a bug: run it again with `sllmctl --debug …` and report the traceback",
+            "a bug: run the command again as `sllmctl --debug …` and report the traceback",
         ],
         [str(cli.EXIT_INTERRUPTED), "interrupted"],
-        [str(cli.EXIT_PIPE), "the reader of our pipe left"],
+        [str(cli.EXIT_PIPE), "the program that read the output has ended"],
     ]
     parts = [
         NOTICE,
         "# Errors",
-        "A failing command writes one line to stderr that names file, place and numbers, and a "
-        "hint with the next step:",
+        "A command that fails writes one line to stderr that names the file, the place and the "
+        "numbers, and usually a hint that says what to do next:",
         "```\nerror: there is no checkpoint `Qwen/Qwen3-8B` in `models`\n\n"
         "hint: run `sllmctl convert Qwen/Qwen3-8B` to download and convert it, "
         "or give --storage-path\n```",
-        "Python raises the same as an exception of `sllmctl.errors`: `str(error)` is the line, "
-        "`error.hint` the hint (or None). Each also is the builtin exception that fits, so "
-        "`except FileNotFoundError` works. With `--json`, stdout has the "
-        "[error document](json.md#errors) too.",
+        "In Python, the same error is an exception of `sllmctl.errors`: `str(error)` is the line, "
+        "`error.hint` the hint (or None). Where a builtin exception fits, it is that too, so "
+        "`except FileNotFoundError` works. With `--json`, the [error document](json.md#errors) "
+        "goes to stdout as well.",
         _table(columns, rows),
     ]
     if reserved:
         parts.append(f"{', '.join(reserved)}: reserved; nothing raises them in this version.")
     parts += [
-        "`NativeError` and what is below it carry `status` (a code of "
-        "[the C library](c-api.md#status-codes)), `os_errno` and `device_code`, 0 where there "
-        "is none.",
+        "`NativeError` and its subclasses have `status` (a code of "
+        "[the C library](c-api.md#status-codes)), `os_errno` and `device_code`; 0 means none.",
         "## Exit codes",
         _table(["code", "meaning"], codes),
     ]

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 
 class SllmError(Exception):
-    """Base of all. ``str(error)`` is one line for people; ``hint`` says what to do next."""
+    """Base of all. ``str(error)`` is one line of text; ``hint`` says what to do next."""
 
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
@@ -35,19 +35,19 @@ class SllmError(Exception):
 
 
 class ConfigError(SllmError, ValueError):
-    """A setting contradicts itself or the machine."""
+    """A setting is invalid, or does not fit another setting or the machine."""
 
     kind = "config"
 
 
 class CheckpointError(SllmError):
-    """A checkpoint is damaged, hostile or incomplete."""
+    """A checkpoint is damaged, incomplete or malicious."""
 
     kind = "checkpoint"
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):
-    """No checkpoint is there."""
+    """There is no checkpoint at this place."""
 
     kind = "checkpoint_not_found"
 
@@ -59,7 +59,7 @@ class ChecksumMismatch(CheckpointError):
 
 
 class HubError(SllmError):
-    """A model hub refused, failed or cannot be reached."""
+    """A model hub cannot be reached, failed, or refused the request."""
 
     kind = "hub"
 
@@ -110,7 +110,7 @@ class ReadError(NativeError, OSError):
 
 
 class HostMemoryError(NativeError, MemoryError):
-    """Host memory could not be had."""
+    """Host memory could not be allocated."""
 
     kind = "host_memory"
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from sllmctl.commands.options import Socket, StoragePath
-from sllmctl.core.units import format_size, parse_share, parse_size
+from sllmctl.core.units import format_page_size, format_size, parse_share, parse_size
 from sllmctl.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def serve(
     def ready() -> None:
         pool = daemon.keeper.pool
         names = [name for name, _ in find_models(settings.storage)]
-        chosen = "" if mem_pool_size else ", a quarter of what is left"
+        chosen = "" if mem_pool_size else ", a quarter of what is free"
         models = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         backing = pool.backing
         locked = "locked" if may_lock(pool.bytes) else "not locked: `ulimit -l` is smaller"
@@ -134,7 +134,7 @@ def serve(
             f"socket   {settings.socket_path}",
             f"pool     {format_size(pool.bytes)} in {pool.capacity} segments of "
             f"{format_size(pool.segment_bytes)}{chosen}",
-            f"memory   pages of {format_size(backing.page_bytes)} in a {backing.kind}, {locked}",
+            f"memory   {format_page_size(backing.page_bytes)} pages in a {backing.kind}, {locked}",
             f"models   {len(names)} in {settings.storage}{': ' if names else ''}{models}",
             "ready; Ctrl-C ends",
         ):

@@ -10,7 +10,7 @@ import typer
 
 from sllmctl.commands.options import AsJson, Socket, quiet_option
 from sllmctl.console import Console
-from sllmctl.core.units import format_rate, format_seconds, format_size
+from sllmctl.core.units import format_page_size, format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError, SllmError, StoreUnreachable
 
 _BAR_CELLS = 40
@@ -162,13 +162,13 @@ def _status_lines(
         if pool[f"{what}_bytes"]
     ]
     locked = "locked" if pool["locked"] else "not locked"
-    pages = f"pages of {format_size(pool['page_bytes'])} in a {pool['backing']}, {locked}"
+    pages = f"{format_page_size(pool['page_bytes'])} pages in a {pool['backing']}, {locked}"
     lines = [
         f"store     {answer['socket']}, pid {answer['pid']}, "
         f"up {format_seconds(answer['uptime_s'])}",
         f"pool      [{'#' * full}{'.' * (_BAR_CELLS - full)}] {format_size(pool['used_bytes'])} of "
         f"{format_size(pool['bytes'])} used{', ' if parts else ''}{', '.join(parts)}",
-        f"memory    {format_size(pool['prefaulted_bytes'])} supplied beforehand, {pages}",
+        f"memory    {format_size(pool['prefaulted_bytes'])} allocated, {pages}",
     ]
     if before is not None and before["pid"] == answer["pid"]:  # the same store, not a new one
         lines.append(f"rates     {_rates(answer, before)}")

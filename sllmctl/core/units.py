@@ -56,6 +56,11 @@ def format_size(size_bytes: float) -> str:
     return f"{value:.3g} TB"
 
 
+def format_page_size(page_bytes: int) -> str:
+    """Write a size of memory pages, a power of two, as people know it: ``4 KiB``, ``2 MiB``."""
+    return f"{page_bytes >> 20} MiB" if page_bytes >= 1 << 20 else f"{page_bytes >> 10} KiB"
+
+
 def format_seconds(elapsed_s: float) -> str:
     """Write a duration as people say it: ``7.1 ms``, ``2.35 s``, ``3 min 20 s``."""
     if elapsed_s < 0.9995:

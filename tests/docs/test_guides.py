@@ -21,6 +21,9 @@ from tests.models import make_model
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = DOCS / "guides" / "getting-started.md"
 IN_CHINESE = (
+    "ascend.md",
+    "deploy.md",
+    "doctor.md",
     "getting-started.md",
     "migrate-from-sllm-store.md",
     "sglang.md",

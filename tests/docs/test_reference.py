@@ -80,6 +80,12 @@ def test_the_error_in_the_page_is_what_the_command_says(
     assert capsys.readouterr().err == block
 
 
+def test_every_exit_code_of_an_exception_is_in_the_table() -> None:
+    codes = generate.errors_page().partition("## Exit codes")[2]
+    for kind in generate.exception_classes():
+        assert f"| {kind.exit_code} |" in codes
+
+
 # ---- environment -------------------------------------------------------------------------------
 
 VARIABLE = re.compile(r"(?<![\w/])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w(])")

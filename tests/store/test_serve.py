@@ -134,7 +134,7 @@ class TestLifecycle:
         assert str(store.socket) in text
         assert "67.1 MB in 32 segments of 2.1 MB" in text
         assert str(store.storage) in text
-        assert re.search(r"memory   pages of (2\.1 MB|\d+\.\d KB) in a (tmpfs|memfd), ", text)
+        assert re.search(r"memory   (2 MiB|\d+ KiB) pages in a (tmpfs|memfd), ", text)
 
     def test_its_log_can_be_json(
         self, start_store: Callable[..., RunningStore], make_model: MakeModel

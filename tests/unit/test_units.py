@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllmctl.core.units import (
+    format_page_size,
     format_rate,
     format_seconds,
     format_size,
@@ -62,6 +63,13 @@ def test_sizes_have_three_digits(size_bytes: float, text: str) -> None:
 )
 def test_durations_read_as_people_say_them(elapsed_s: float, text: str) -> None:
     assert format_seconds(elapsed_s) == text
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "text"), [(4096, "4 KiB"), (65536, "64 KiB"), (2 << 20, "2 MiB")]
+)
+def test_pages_have_binary_sizes(page_bytes: int, text: str) -> None:
+    assert format_page_size(page_bytes) == text
 
 
 def test_a_rate_without_time_is_a_dash() -> None:
