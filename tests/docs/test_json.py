@@ -91,7 +91,7 @@ def test_fields_of_verify_and_its_problems(models: Path, tmp_path: Path) -> None
     assert code == 3
     (problem,), (warning,) = document["problems"], document["warnings"]
     text = " ".join(PAGE.read_text().split())
-    (sentence,) = re.findall(r"A problem has (.*?)a line for people\.", text)
+    (sentence,) = re.findall(r"A problem has (.*?)a line of text\.", text)
     assert set(problem) == set(warning) <= set(re.findall(r"`(\w+)`", sentence))
     assert {problem["kind"], warning["kind"]} == {"digest", "changed"}
 
