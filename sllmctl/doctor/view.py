@@ -262,7 +262,7 @@ def _reason(outcome: Outcome, done: Examination) -> Text:
 def log_lines(matches: list[Match], done: Examination | None, view: View) -> list[str]:
     """What an error log says, and how the checks behind it stand on this machine."""
     if not matches:
-        return [view.say("No line of this log is a known one.")]
+        return [view.say("No line of this log is known.")]
     out = []
     for match in matches:
         times = view.say(say("{count} times", count=match.count)) if match.count > 1 else ""

@@ -77,7 +77,7 @@ def denied(t: Tree) -> None:
     problem(t, "denied")
 
 
-@scenario("a file in place of the socket", {"SVC001": "fail"}, options=SVC, says="no socket")
+@scenario("a file in place of the socket", {"SVC001": "fail"}, options=SVC, says="not a socket")
 def plain_file(t: Tree) -> None:
     t.file(SOCKET.lstrip("/"))
 

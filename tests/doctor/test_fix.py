@@ -27,7 +27,7 @@ def test_a_dry_run_shows_the_plan_and_touches_nothing(doctor: Doctor, machine: M
     done = doctor("--root", root, "--fix", "--dry-run")
     assert done.exit_code == 0
     assert "STORE002: copy /root/ServerlessLLM/sllm_store/build/" in done.stdout
-    assert "to take it back: rm /root/ServerlessLLM/sllm_store/sllm_store/libglog.so" in done.stdout
+    assert "to undo it: rm /root/ServerlessLLM/sllm_store/sllm_store/libglog.so" in done.stdout
     assert sorted(root.rglob("*")) == before
 
 
@@ -39,7 +39,7 @@ def test_libglog_is_copied_and_the_check_passes_then(doctor: Doctor, machine: Ma
     copied = root / GLOG
     assert copied.is_file() and not copied.is_symlink()
     again = doctor("--root", root, "--fix", "--yes")
-    assert again.stdout == "There is nothing here that --fix could mend.\n"
+    assert again.stdout == "There is nothing here that --fix can fix.\n"
 
 
 def test_a_broken_link_is_replaced_not_written_through(doctor: Doctor, machine: Make) -> None:

@@ -124,7 +124,7 @@ def tested(m: Machine) -> Finding:
     wanted = "8.1.RC1" if m.dists.get("vllm-ascend") else "8.0.0"
     if version in ("8.0.0", "8.1.RC1"):
         if version != wanted:
-            return info(say("CANN {version}; {wanted} is the tested one for what is installed",
+            return info(say("CANN {version}; {wanted} is the version tested with what is installed",
                             version=version, wanted=wanted), seen)  # fmt: skip
         return ok(say("CANN {version} is a tested one", version=version), seen)
     # What no table knows yet is no fault of the machine.

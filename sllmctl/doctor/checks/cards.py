@@ -162,7 +162,7 @@ def chip_supported(m: Machine) -> Finding:
 @check(
     "DRV012",
     title="device memory is free",
-    why="what others hold on a card is missing to the model",
+    why="memory that others use on a card is not available to the model",
     looks_at="the memory column and the process list of `npu-smi info`; with --model, the bytes "
     "of its shards",
     severity=Status.WARN,

@@ -36,7 +36,7 @@ _CLONE3_GLIBC, _OLD_KERNEL = (2, 34), (5, 10)
 )
 def mounts(m: Machine) -> Finding:
     if not m.in_container:
-        return skip(say("this is no container"))
+        return skip(say("this is not a container"))
     if not (m.pci or m.cards):
         return skip(say("there is no Ascend card in this machine"))
     if "NODRV" in m.env.get("ASCEND_RUNTIME_OPTIONS", ""):
@@ -84,7 +84,7 @@ def variable(m: Machine) -> Finding:
 )
 def filtered(m: Machine) -> Finding:
     if not m.in_container:
-        return skip(say("this is no container"))
+        return skip(say("this is not a container"))
     filter_on = re.search(r"^Seccomp:\s*2$", m.probe.read_text("/proc/self/status") or "", re.M)
     glibc, kernel = release(m.probe.host.glibc)[:2], release(m.probe.host.kernel)[:2]
     if filter_on and glibc >= _CLONE3_GLIBC and () < kernel < _OLD_KERNEL:

@@ -116,10 +116,10 @@ def direct(m: Machine) -> Finding:
     if path is None or able is None:
         return skip(say("O_DIRECT could not be tried"))
     if able:
-        return ok(say("{path} knows O_DIRECT", path=path), file(path))
+        return ok(say("{path} supports O_DIRECT", path=path), file(path))
     made = fail if "store" in m.profiles else info
     return made(
-        say("{path} does not know O_DIRECT", path=path),
+        say("{path} does not support O_DIRECT", path=path),
         file(path, mount_of(m, path)[0]),
         advice=say("move the checkpoints to ext4 or xfs"),
     )
@@ -140,11 +140,11 @@ def file_system(m: Machine) -> Finding:
     if not path or not kind:
         return skip(say("the type of the file system is not known"))
     if kind in _MEMORY:
-        return info(say("{path} lies in memory ({kind})", path=path, kind=kind), file(path, kind))
+        return info(say("{path} is in memory ({kind})", path=path, kind=kind), file(path, kind))
     if kind.startswith(_SLOW):
         made = warn if "store" in m.profiles else info
         return made(
-            say("{path} lies on {kind}, which may be slow", path=path, kind=kind),
+            say("{path} is on {kind}, which may be slow", path=path, kind=kind),
             file(path, kind),
             advice=say("put checkpoints on a local disk, by --storage-path"),
         )
@@ -154,7 +154,7 @@ def file_system(m: Machine) -> Finding:
             file(f"/sys/dev/block/{number}", "rotational"),
             advice=say("put checkpoints on a local disk, by --storage-path"),
         )
-    return ok(say("{path} lies on {kind}", path=path, kind=kind), file(path, kind))
+    return ok(say("{path} is on {kind}", path=path, kind=kind), file(path, kind))
 
 
 @check(

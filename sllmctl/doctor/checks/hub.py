@@ -58,7 +58,7 @@ def _is_id(model: str) -> bool:
 @check(
     "HUB002",
     title="the hub's cache can be used, and offline has the model",
-    why="a download goes to the cache; offline, a model that is not there cannot be had",
+    why="a download goes to the cache; offline, a model that is not there cannot be loaded",
     looks_at="write access to HF_HUB_CACHE, HF_HOME or ~/.cache/huggingface; HF_HUB_OFFLINE and "
     "TRANSFORMERS_OFFLINE, and the cache for --model",
     profiles="base convert",
@@ -82,7 +82,7 @@ def offline(m: Machine) -> Finding:
     if m.probe.listdir(f"{path}/snapshots"):
         return ok(say("{model} is in the cache", model=model), file(path))
     return fail(
-        say("{model} is not in the cache, and {name} forbids to fetch it", model=model, name=on[0]),
+        say("{model} is not in the cache, and {name} forbids fetching it", model=model, name=on[0]),
         env(on[0], m.env[on[0]]),
         file(path, "missing"),
         fix=f"{on[0]}=0 sllmctl convert {model}",

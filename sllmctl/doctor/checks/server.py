@@ -21,7 +21,7 @@ def _place(m: Machine) -> tuple[str, int, str] | Finding:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
-        return fail(say("--base-url is no address"), cmd(url, "not a URL"),
+        return fail(say("--base-url is not an address"), cmd(url, "not a URL"),
                     advice=say("it looks like http://localhost:8000/v1"))  # fmt: skip
     if host not in _LOCAL and not m.options.network:
         return skip(say("leaves this machine: only with --net"))

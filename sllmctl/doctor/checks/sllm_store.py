@@ -267,7 +267,7 @@ def server(m: Machine) -> Finding:
 @check(
     "STORE006",
     title="the pool holds the model",
-    why="a pool smaller than the model fails to load it; one that is no multiple of 32 MB to start",
+    why="a pool smaller than the model cannot load it; 32 MB must divide its size",
     looks_at="--mem-pool-size against the bytes of --model, and the chunk of sllm-store",
     profiles="store",
 )
@@ -296,7 +296,7 @@ def pool(m: Machine) -> Finding:
         )  # fmt: skip
     if size % CHUNK_BYTES:
         return fail(
-            say("the pool is no multiple of sllm-store's chunk (32 MB)"),
+            say("the pool is not a multiple of sllm-store's chunk (32 MB)"),
             limit("--mem-pool-size", size),
             advice=say("sllm-store reads GB as 2^30 bytes: give it whole GB"),
         )

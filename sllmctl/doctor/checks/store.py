@@ -68,7 +68,7 @@ def answers(m: Machine) -> Finding:
         )
     if answer.problem == "no socket":
         return fail(
-            say("{path} is no socket", path=path),
+            say("{path} is not a socket", path=path),
             file(path, "not a socket"),
             fix=f"mv {path} {path}.old; sllmctl serve",
         )
@@ -134,7 +134,7 @@ def fits(m: Machine) -> Finding:
     if missing > free:
         return fail(
             say(
-                "the pool of {pool} wants {missing} more, and {free} are free",
+                "the pool of {pool} needs {missing} more, and {free} are free",
                 pool=format_size(pool["bytes"]),
                 missing=format_size(missing),
                 free=format_size(free),

@@ -233,7 +233,7 @@ def image(m: Machine) -> Finding:
         if word in text.lower()
     ]
     if not said and not m.in_container:
-        return skip(say("this is no container"))
+        return skip(say("this is not a container"))
     if not said or m.generation not in ("A2", "A3"):
         return skip(say("nothing here says which cards the image is made for"))
     wrong = [(generation, seen) for generation, seen in said if generation != m.generation]
@@ -266,7 +266,7 @@ def patch(m: Machine) -> Finding:
     missing = [name for name in PATCHED if name not in there]
     if there and missing:
         return fail(
-            say("the patch of sllm-store is applied by half: {count} of {total} files",
+            say("the patch of sllm-store is applied only in part: {count} of {total} files",
                 count=len(there), total=len(PATCHED)),
             *(file(f"{found.site}/{name}", "not patched") for name in missing[:4]),
             fix=f"cd {found.site} && patch -p1 --dry-run < sllm_load_npu.patch  "
