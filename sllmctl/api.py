@@ -73,7 +73,7 @@ def _where(device: object, device_map: object) -> object:
     if device_map is not None and str(device) != "cpu":
         raise ConfigError(
             f"both device `{device}` and a device_map say where to load",
-            hint='give one of them; {"": device} in a map is for all that no other entry names',
+            hint='give one of them; "" in a map stands for everything that no other entry names',
         )
     return device if device_map is None else device_map
 

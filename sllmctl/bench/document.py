@@ -27,7 +27,7 @@ def read_document(path: Path) -> Document:
         raise ConfigError(f"cannot read `{path}`: {exc}") from exc
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ConfigError(
-            f"`{path}` is no result of a benchmark ({SCHEMA})",
+            f"`{path}` is not a result of `sllmctl bench` ({SCHEMA})",
             hint="`sllmctl bench --output DIR` writes one to DIR/results.json",
         )
     return document

@@ -67,7 +67,9 @@ def run(options: Options, note: Note) -> Document:
         SllmError: The checkpoint is not there or damaged.
     """
     if options.only and "load" not in options.modes:
-        raise ConfigError("--only chooses groups of --mode load")
+        raise ConfigError(
+            "--only selects groups of --mode load, and cannot be used with another mode"
+        )
     paths = [resolve_model(model, options.storage) for model in options.models]
     if len(paths) > 1 and set(options.modes) != {"switch"}:
         raise ConfigError("only --mode switch takes several models", hint="give one, or none")

@@ -203,7 +203,7 @@ def _engine_arguments(
             ("--engine-args", text),
         ):
             if given is not None:
-                raise typer.BadParameter("goes with --engine alone", param_hint=option)
+                raise typer.BadParameter("needs --engine", param_hint=option)
         return {}
     try:
         arguments = json.loads(text or "{}")
@@ -249,7 +249,7 @@ def _lines(result: ConvertResult) -> list[str]:
     )
     if result.already:
         return [
-            f"{result.source} is there already, of the same source and options: {size}",
+            f"{result.source} is there already, from the same source with the same options: {size}",
             f"  {result.path}",
         ]
     lines = [
@@ -258,7 +258,7 @@ def _lines(result: ConvertResult) -> list[str]:
         f"  {result.path}",
     ]
     if result.resumed:
-        lines.append(f"  {result.resumed} shards were complete from a conversion that was killed")
+        lines.append(f"  {result.resumed} shards were kept from a conversion that was killed")
     if result.verify_s:
         lines.append(f"  read back and compared in {format_seconds(result.verify_s)}")
     return lines

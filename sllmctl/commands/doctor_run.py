@@ -162,19 +162,22 @@ def _fix(done: Examination, console: Console, view: View, *, dry_run: bool, yes:
         console.result(
             {"schema": "sllmctl.doctor-fix/1", "actions": [], "done": False},
             quiet=0,
-            human=[view.say("There is nothing here that --fix could mend.")],
+            human=[view.say("There is nothing here that --fix can fix.")],
         )
         return
     human = [view.say("This is what --fix does:")]
     for action in actions:
         human += [
             f"  {' '.join(action.checks)}: {view.say(action.what)}",
-            f"      {view.say('to take it back:')} {view.hide(action.undo)}",
+            f"      {view.say('to undo it:')} {view.hide(action.undo)}",
         ]
     if not dry_run:
         if not yes:
             if not sys.stdin.isatty():
-                raise ConfigError("nobody is here to answer", hint="give --yes, or --dry-run")
+                raise ConfigError(
+                    "cannot ask for confirmation without a terminal",
+                    hint="give --yes, or --dry-run",
+                )
             _print(human)
             human = []
             if not typer.confirm(view.say("Do it?")):
@@ -304,7 +307,7 @@ def _explain(id: str, view: View) -> list[str]:  # noqa: A002
 
 def _directory(root: Path) -> Path:
     if not root.is_dir():
-        raise typer.BadParameter(f"`{root}` is no directory", param_hint="--root")
+        raise typer.BadParameter(f"`{root}` is not a directory", param_hint="--root")
     if not (root / DESCRIPTION).is_file():
         # Without it nothing says which interpreter, user and environment the files belong to.
         raise typer.BadParameter(f"`{root}` holds no {DESCRIPTION}", param_hint="--root")

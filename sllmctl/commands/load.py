@@ -98,7 +98,7 @@ def load(
         map_files=map_files, verify=verify, threads=threads, chunk_size=chunk_size
     )
     if prompt is not None and repeat > 1:
-        raise ConfigError("--prompt answers once", hint="leave out --repeat")
+        raise ConfigError("--prompt and --repeat cannot be combined", hint="leave one of them out")
     if prompt is not None:
         path = resolve_model(model, storage_path)
     runs: list[LoadStats] = []

@@ -106,7 +106,7 @@ def serve(
     if pool_bytes > available:
         raise ConfigError(
             f"a pool of {format_size(pool_bytes)} is more than the {format_size(available)} that "
-            "this machine and its container have left",
+            "are free on this machine and in its container",
             hint="use a smaller --mem-pool-size, such as 50%",
         )
     settings = Settings(

@@ -105,7 +105,7 @@ def _warm_line(row: dict[str, Any]) -> str:
         read += f", {format_size(row['cache_bytes'])} of it from the page cache"
     return (
         f"{row['name']}: {format_size(row['warm_bytes'])} warm"
-        + (f", {format_size(rest)} found no room" if rest else "")
+        + (f", {format_size(rest)} did not fit" if rest else "")
         + f", {read}"
     )
 
@@ -135,7 +135,7 @@ def evict(
 
     console = Console.choose(as_json=as_json, quiet=quiet)
     if bool(models) == everything:
-        raise ConfigError("say which models to evict", hint="name them, or give --all")
+        raise ConfigError("no model to evict", hint="give names, or --all")
     freed, kept = 0, []
     names: list[str | None] = [*(models or ())] or [None]
     for name in names:

@@ -211,7 +211,7 @@ def require_all_parts(directory: Path, names: Sequence[str]) -> None:
 
 
 def _not_found(directory: Path, names: Sequence[str]) -> CheckpointNotFound:
-    what, hint = f"no *{SUFFIX} file", "`sllmctl convert` turns other weights into it"
+    what, hint = f"no *{SUFFIX} file", "`sllmctl convert` converts other weight files"
     ranks = find_ranks(directory)
     if ranks:
         what = f"it holds {len(ranks)} ranks that `sllm-store` saved of a model in parallel"

@@ -52,7 +52,8 @@ def resolve_model(
         path = Path(model).expanduser()
         if not is_there(path):
             raise CheckpointNotFound(
-                f"there is no `{path}`", hint="`sllmctl ls` lists the checkpoints that are here"
+                f"there is no `{path}`",
+                hint="`sllmctl ls` lists the checkpoints in the storage path",
             )
         return path
     if not model or "\0" in model:

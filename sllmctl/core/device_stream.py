@@ -82,7 +82,7 @@ def stream_to_device(
         ReadError, CheckpointError, DeviceError: as `DeviceLoad` raises them.
     """
     if options.verify:
-        raise ConfigError("a stream does not verify", hint="run `sllmctl verify` first")
+        raise ConfigError("a stream cannot verify", hint="run `sllmctl verify` first")
     placement = dict.fromkeys([*checkpoint.tensors, *checkpoint.aliases], spec)
     windows = list(windows_of(checkpoint, window_bytes))
     # All of one size: torch keeps what is freed, and uses it again only for what fits.

@@ -189,7 +189,7 @@ def check_device_memory(spec: DeviceSpec, needed_bytes: int) -> None:
         )
     raise DeviceError(
         f"the load needs {format_size(needed_bytes)} on {spec}, and {format_size(free)} are free",
-        hint="end what else uses the device, spread the load over several with a device_map, "
+        hint="stop other processes on the device, spread the load over several with a device_map, "
         "or use `stream_tensors`",
     )
 

@@ -279,7 +279,7 @@ def _parse_entry(
         return CheckpointError(f"tensor {shown(name)} of {shown(file)} {what}")
 
     if not isinstance(info, dict):
-        raise refuse("is described by no JSON object")
+        raise refuse("is not described by a JSON object")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in info:
             raise refuse(f"has no `{key}`")

@@ -68,12 +68,14 @@ class LoadOptions:
             raise ConfigError(f"`{mode}` is not a way to map files", hint="use auto or never")
         count = threads if threads is not None else os.environ.get("SLLMCTL_THREADS")
         if count not in (None, "") and str(count) not in map(str, range(1, MAX_THREADS + 1)):
-            raise ConfigError(f"`{count}` reader threads", hint=f"use 1 to {MAX_THREADS}")
+            raise ConfigError(
+                f"cannot use `{count}` reader threads", hint=f"use 1 to {MAX_THREADS}"
+            )
         size = chunk_size or os.environ.get("SLLMCTL_CHUNK_SIZE") or 0
         chunk_bytes = size if isinstance(size, int) else parse_size(size)
         if chunk_bytes % PAGE_BYTES or chunk_bytes > _MAX_CHUNK_BYTES:
             raise ConfigError(
-                f"a chunk of {chunk_bytes} bytes is no multiple of {PAGE_BYTES} up to 1GiB",
+                f"a chunk of {chunk_bytes} bytes is not a multiple of {PAGE_BYTES} up to 1GiB",
                 hint="write it like 16MiB",
             )
         return cls("never" if mode == "never" else "auto", verify, int(count or 0), chunk_bytes)

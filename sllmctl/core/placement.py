@@ -106,7 +106,7 @@ class DeviceMap:
         if module not in self.modules:
             raise ConfigError(
                 f"device_map says nothing about `{name}`",
-                hint='add "" to it, for all that no other entry names',
+                hint='add "" to it, for everything that no other entry names',
             )
         return self.modules[module]
 
@@ -138,8 +138,8 @@ def _place_by_room(
         )
         raise DeviceError(
             f"the load needs {format_size(checkpoint.nbytes)}, and free are {there}, "
-            "a tenth of which is left alone",
-            hint="end what else uses the devices, or put modules on the cpu with a dict device_map",
+            "of which a tenth is kept free",
+            hint="stop other processes on the devices, or put modules on the cpu with a device_map",
         )
     of_block = dict(zip(blocks, (devices[number] for number in chosen), strict=True))
     placement = {name: of_block[block_of(name)] for name in checkpoint.tensors}

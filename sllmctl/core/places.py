@@ -55,7 +55,7 @@ def find_source(source: str | os.PathLike[str]) -> Place:
     path = Path(source).expanduser()
     if not is_there(path):
         raise CheckpointNotFound(
-            f"there is no `{path}`", hint="a model on a hub is written like Qwen/Qwen3-8B"
+            f"there is no `{path}`", hint="write a model on a hub like Qwen/Qwen3-8B"
         )
     real = Path(os.path.realpath(path))
     if real.parent.name == "snapshots":

@@ -77,10 +77,10 @@ class Slabs:
             except RuntimeError as exc:  # torch's own OutOfMemoryError, where it has one, is one
                 reason = str(exc).strip().partition("\n")[0]
                 raise DeviceError(
-                    f"{spec} gives no {format_size(nbytes)} of the {format_size(sum(needed))} "
-                    f"that the load needs: {reason}",
-                    hint="end what else uses the device, or spread the load over several with a "
-                    "device_map",
+                    f"{spec} cannot allocate {format_size(nbytes)} of the "
+                    f"{format_size(sum(needed))} that the load needs: {reason}",
+                    hint="stop other processes on the device, or spread the load over several "
+                    "with a device_map",
                 ) from exc
             self._slabs.append(slab)
         self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}

@@ -59,7 +59,7 @@ def stream(
         ReadError, CheckpointError, HostMemoryError: as ``load`` raises them.
     """
     if options.verify:
-        raise ConfigError("a stream does not verify", hint="run `sllmctl verify` first")
+        raise ConfigError("a stream cannot verify", hint="run `sllmctl verify` first")
     builder = TensorBuilder(checkpoint)
     aliases: dict[str, list[str]] = {}
     for alias, kept in checkpoint.aliases.items():

@@ -306,7 +306,7 @@ class _Check:
         listed = [entry.name for entry in self.path.iterdir()]
         for name in listed:
             if name.endswith(SUFFIX) and name not in known:
-                self.found("extra", name, f"`{name}` is no shard of this checkpoint")
+                self.found("extra", name, f"`{name}` is not a shard of this checkpoint")
         self.tensors = sum(map(len, self._entries.values()))
         if len(self._entries) < len(known) or self.problems:
             return

@@ -71,7 +71,7 @@ class EngineOptions:
             ConfigError: An option is unknown, or its value makes no sense.
         """
         if not isinstance(extra, Mapping):
-            raise ConfigError(f"the loader's extra configuration is no JSON object: {extra!r}")
+            raise ConfigError(f"the loader's extra configuration is not a JSON object: {extra!r}")
         for key in extra:
             if key not in _KEYS:
                 near = difflib.get_close_matches(str(key), _KEYS, n=1)
@@ -84,18 +84,18 @@ class EngineOptions:
         asked |= {key: value for key, value in extra.items() if value is not None}
         for key, choices in _CHOICES.items():
             if asked[key] not in choices:
-                raise ConfigError(f"`{asked[key]}` is no value of `{key}`", hint="; ".join(choices))
+                raise ConfigError(f"`{asked[key]}` is not a value of `{key}`", hint="; ".join(choices))
         model = asked.get("model")
         models = dict(model) if isinstance(model, Mapping) else {}
         for text in [*models, *models.values()] if models else [model]:
             if text is not None and (not isinstance(text, str) or not text):
-                raise ConfigError(f"`{text}` is no model", hint="give a path, or a name")
+                raise ConfigError(f"`{text}` is not a model", hint="give a path or a name")
         for key in ("storage_path", "socket"):
             if not isinstance(asked.get(key, ""), str):
-                raise ConfigError(f"`{asked[key]}` is no path", hint=f"give `{key}` as text")
+                raise ConfigError(f"`{asked[key]}` is not a path", hint=f"give `{key}` as text")
         verify = asked.get("verify", False)
         if not isinstance(verify, bool):
-            raise ConfigError(f"`{verify}` is no value of `verify`", hint="true; false")
+            raise ConfigError(f"`{verify}` is not a value of `verify`", hint="true; false")
         return cls(
             model=None if models else model,
             models=models,

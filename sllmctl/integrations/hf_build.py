@@ -72,8 +72,8 @@ def make_skeleton(
 
     if not (path / "config.json").is_file():
         raise CheckpointNotFound(
-            f"`{path}` has no config.json, so it says not which model its tensors make",
-            hint="convert the whole model directory, or take the tensors with sllmctl.load_tensors",
+            f"`{path}` has no config.json, which says what model the tensors belong to",
+            hint="convert the whole model directory, or load the tensors with sllmctl.load_tensors",
         )
     asked = _find_class(hf_model_class)
     architectures: Any = None
@@ -94,7 +94,8 @@ def make_skeleton(
             _refusal(asked, path, exc),
             hint=f"its config.json names {', '.join(architectures)}: see hf_model_class"
             if architectures
-            else "a newer transformers may know it; code of its own needs trust_remote_code=True",
+            else "a newer transformers may support it; a checkpoint with its own code needs "
+            "trust_remote_code=True",
         ) from exc
     return Skeleton(path, model_class, config, init_kwargs)
 
@@ -160,7 +161,7 @@ def build_model(
                 _refusal(model_class, skeleton.path, exc),
                 hint="install what it asks for"
                 if isinstance(exc, ImportError)
-                else "its config.json or an argument makes no sense to that class",
+                else "its config.json or an argument does not fit that class",
             ) from exc
     problems = _problems(info)
     if problems:
@@ -184,7 +185,7 @@ def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | str:
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(
-            f"torch_dtype `{value}` is no floating dtype of torch",
+            f"torch_dtype `{value}` is not a floating dtype of torch",
             hint="use torch.bfloat16, torch.float16, torch.float32 or their names",
         )
     return dtype

@@ -108,7 +108,7 @@ def place_model(
         if not any(name == m or not m or name.startswith(m + ".") for m in modules):
             raise ConfigError(
                 f"device_map says nothing about `{name}`",
-                hint='add "" to it, for all that no other entry names',
+                hint='add "" to it, for everything that no other entry names',
             )
     return ModelPlaces(_whole_modules(model, modules), rename=_renaming(model))
 
@@ -171,8 +171,8 @@ def _spread(model: Any, how: str, dtype: torch.dtype | str) -> dict[str, DeviceS
         there = ", ".join(f"{format_size(free[d.ordinal])} on {d}" for d in devices)
         raise DeviceError(
             f"a {type(model).__name__} does not fit into what is free: {there}, "
-            "a tenth of which is left alone",
-            hint="end what else uses the devices, or put modules on the cpu with a dict device_map",
+            "of which a tenth is kept free",
+            hint="stop other processes on the devices, or put modules on the cpu with a device_map",
         )
     return {module: DeviceSpec(devices[0].kind, place) for module, place in chosen.items()}
 

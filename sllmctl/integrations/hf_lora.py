@@ -141,7 +141,7 @@ def load_lora(
     wrapped = isinstance(model, peft.PeftModel)
     if not wrapped and not isinstance(model, PreTrainedModel):
         raise ConfigError(
-            f"a {type(model).__name__} takes no adapter",
+            f"a {type(model).__name__} cannot take an adapter",
             hint="give a transformers model, or the PeftModel that it became",
         )
     if wrapped and adapter_name in model.peft_config:
@@ -187,7 +187,7 @@ def _read_config(peft: Any, path: Path) -> Any:
     if config.peft_type != peft.PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ConfigError(
-            f"`{path}` is an adapter of type {kind}, and no LoRA",
+            f"`{path}` is an adapter of type {kind}, not LoRA",
             hint="load it with peft.PeftModel.from_pretrained",
         )
     return config
@@ -214,7 +214,7 @@ def _place(model: Any, device_map: Any) -> object:
     for device in asked:
         if device not in _PLACEMENTS and [str(find_device(device))] != devices:
             raise ConfigError(
-                f"device_map puts the adapter on `{device}`, and the model is on "
+                f"device_map puts the adapter on `{device}`, but the model is on "
                 + ", ".join(devices),
                 hint='use device_map="auto": the weights go to the layers that they adapt',
             )

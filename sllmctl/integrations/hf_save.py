@@ -45,12 +45,12 @@ def save_model(model: Any, model_path: str | os.PathLike[str]) -> Path:
 
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
-            f"a {type(model).__name__} is no transformers model",
+            f"a {type(model).__name__} is not a transformers model",
             hint="merge an adapter into its model first; save other tensors with save_tensors",
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"the {type(model).__name__} carries adapters, which are no part of its checkpoint",
+            f"the {type(model).__name__} has adapters, which are not part of its checkpoint",
             hint="merge them into the weights, or remove them",
         )
     target = Path(model_path).expanduser()

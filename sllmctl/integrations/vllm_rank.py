@@ -149,8 +149,8 @@ def require_vllm() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "there is no vLLM in this Python to make its rank state",
-            hint="run this where vLLM is installed: sllmctl belongs into the same environment",
+            "cannot write a rank state: vLLM is not installed in this Python environment",
+            hint="install sllmctl into vLLM's environment, and run this there",
         )
 
 
@@ -222,7 +222,7 @@ def _lines(process: subprocess.Popen[bytes], *, silence_s: float) -> Iterator[st
     poll.register(process.stdout, select.POLLIN)
     while True:
         if not poll.poll(silence_s * 1000):
-            raise CheckpointError(f"vLLM has said nothing for {silence_s:.0f} s")
+            raise CheckpointError(f"vLLM has logged nothing for {silence_s:.0f} s")
         data = os.read(process.stdout.fileno(), 1 << 16)
         *lines, rest = (rest + data).split(b"\n") if data else (rest, b"")
         yield from (line.decode("utf-8", "replace").rstrip() for line in lines if line)

@@ -147,7 +147,9 @@ class StoreClient:
 def _segment_bytes(hello: Message) -> int:
     nbytes = hello.get("segment_bytes")
     if type(nbytes) is not int or nbytes <= 0 or nbytes % PAGE_BYTES:
-        raise StoreError(f"no store of ours answers: it has segments of {nbytes!r} bytes")
+        raise StoreError(
+            f"what answers is not a store of sllmctl: it has segments of {nbytes!r} bytes"
+        )
     return nbytes
 
 

@@ -184,7 +184,9 @@ class Connection:
         elif not self._stalled:
             self._stalled = True
             self._loop.add_writer(self._sock, self._on_writable)
-            self._deadline = self._loop.call_later(SEND_DEADLINE_S, self.end, "it takes nothing")
+            self._deadline = self._loop.call_later(
+                SEND_DEADLINE_S, self.end, "it does not read what is sent to it"
+            )
 
     def _send_some(self, line: bytes, segments: Sequence[Segment], files: list[int]) -> int:
         # Readers are opened when they are sent: a client that takes nothing holds no segment.

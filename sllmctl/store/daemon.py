@@ -171,7 +171,7 @@ def lock_socket(path: Path) -> int:
     except OSError as exc:
         raise StoreError(
             f"cannot listen at `{path}`: {exc.strerror or exc}",
-            hint="give another --socket, in a directory of yours",
+            hint="give another --socket, in a directory that you own",
         ) from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,7 +207,7 @@ def listen(path: Path, group: int | None) -> socket.socket:
     except OSError as exc:
         raise StoreError(
             f"cannot listen at `{path}`: {exc.strerror or exc}",
-            hint="give another --socket, at most 107 bytes long, in a directory of yours",
+            hint="give another --socket, at most 107 bytes long, in a directory that you own",
         ) from exc
     return sock
 

@@ -44,7 +44,7 @@ class Delivery:
         try:
             self._coming = {(int(shard), int(index)) for shard, index in attached["coming"]}
         except (KeyError, TypeError, ValueError) as exc:
-            raise StoreError("the store's answer makes no sense") from exc
+            raise StoreError("the store's answer is invalid") from exc
 
     def pieces(self) -> Iterator[Piece]:
         """Every part, in file order."""

@@ -119,5 +119,5 @@ def _beneath(storage: Path, name: str) -> tuple[Path, Path]:
     root = Path(os.path.realpath(storage))
     path = Path(os.path.realpath(root / name)) if "\0" not in name else root
     if ".." in Path(name).parts or Path(name).is_absolute() or root not in path.parents:
-        raise StoreError(f"`{name}` is no name of a model below `{storage}`")
+        raise StoreError(f"`{name}` is not the name of a model below `{storage}`")
     return root, path

@@ -127,6 +127,6 @@ def _understood(what: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError) as exc:
         raise StoreError(
-            f"the store's {what} makes no sense",
-            hint="`sllmctl doctor` tells whether it is of another release",
+            f"the store's {what} is invalid",
+            hint="`sllmctl doctor` says whether it is of another release",
         ) from exc

@@ -91,7 +91,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"`{text}` is no address", hint="write it like 127.0.0.1:9464")
+        raise ConfigError(f"`{text}` is not an address", hint="write it like 127.0.0.1:9464")
     return host.strip("[]"), int(port)
 
 

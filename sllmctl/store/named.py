@@ -50,7 +50,7 @@ class NamedModel:
             try:
                 self._take_files(attached)
             except (KeyError, TypeError, ValueError) as exc:
-                raise StoreError("the store's list of files makes no sense") from exc
+                raise StoreError("the store's list of files is invalid") from exc
             self.delivery = Delivery(client, attached, [size for _, size in self._shards])
             self._take_segments(progress)
             if self.delivery.reason == FILES_CHANGED:
@@ -116,7 +116,8 @@ class NamedModel:
         foreign = next((shard for shard in names if not shard.endswith(SUFFIX)), None)
         if foreign is not None:
             raise CheckpointError(
-                f"`{foreign}` of `{name}` is no safetensors file, and its index is not in the store"
+                f"`{foreign}` of `{name}` is not a safetensors file, "
+                "and its index is not in the store"
             )
 
         def read(path: Path, number: int) -> ParsedShard:

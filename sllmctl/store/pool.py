@@ -49,14 +49,14 @@ class Pool:
     ) -> None:
         if segment_bytes % MIN_SEGMENT_BYTES or segment_bytes <= 0:
             raise ConfigError(
-                f"a segment of {format_size(segment_bytes)} is no multiple of 2 MiB",
+                f"a segment of {format_size(segment_bytes)} is not a multiple of 2 MiB",
                 hint="write it like 256MiB",
             )
         self.segment_bytes = segment_bytes
         self.capacity = pool_bytes // segment_bytes
         if self.capacity == 0:
             raise ConfigError(
-                f"a pool of {format_size(pool_bytes)} holds no segment of "
+                f"a pool of {format_size(pool_bytes)} has no room for a segment of "
                 f"{format_size(segment_bytes)}",
                 hint="use a larger --mem-pool-size or a smaller --segment-size",
             )

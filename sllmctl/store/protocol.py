@@ -52,7 +52,7 @@ def server_socket(explicit: Path | None) -> Path:
     path = SYSTEM_SOCKET if os.geteuid() == 0 else user_socket()
     if path is None:
         raise ConfigError(
-            "there is no usual place for the socket: XDG_RUNTIME_DIR is not set",
+            "there is no default place for the socket: XDG_RUNTIME_DIR is not set",
             hint="give --socket PATH, and set SLLMCTL_SOCKET to it for clients",
         )
     return path

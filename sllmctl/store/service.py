@@ -115,6 +115,6 @@ class Service:
         if uid in (os.geteuid(), 0) or self.settings.group is not None:
             return
         raise StoreError(
-            f"user {uid} may attach files, and not use names",
+            f"user {uid} may not ask for models by name",
             hint="run the command as the user who runs the store",
         )

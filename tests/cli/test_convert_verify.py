@@ -29,7 +29,7 @@ def test_convert_tells_a_person_what_came_out(sllmctl: Run, tiny_checkpoint: Pat
     assert done.stderr == ""
     again = sllmctl("convert", tiny_checkpoint)
     assert again.returncode == 0
-    assert "is there already, of the same source and options" in again.stdout
+    assert "is there already, from the same source with the same options" in again.stdout
     assert again.stdout.splitlines()[-1] == "  models/tiny"
 
 
@@ -86,8 +86,8 @@ def test_no_verify_include_and_exclude(sllmctl: Run, tiny_checkpoint: Path, tmp_
 def test_warnings_go_to_stderr(sllmctl: Run, tiny_checkpoint: Path) -> None:
     (tiny_checkpoint / "gone.txt").symlink_to("nowhere")
     done = sllmctl("convert", tiny_checkpoint, "--json")
-    assert done.stderr == "warning: `gone.txt` leads nowhere and stays behind\n"
-    assert json.loads(done.stdout)["warnings"] == ["`gone.txt` leads nowhere and stays behind"]
+    assert done.stderr == "warning: `gone.txt` is a broken link and is not copied\n"
+    assert json.loads(done.stdout)["warnings"] == ["`gone.txt` is a broken link and is not copied"]
 
 
 @pytest.mark.parametrize("option", [("--dtype", "int4"), ("--hub", "x"), ("--no-such-option",)])

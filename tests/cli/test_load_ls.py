@@ -76,7 +76,7 @@ def test_a_failure_under_json_is_a_document_as_well(sllmctl: Run) -> None:
         "schema": "sllmctl.error/1",
         "kind": "checkpoint_not_found",
         "message": "there is no `nothing`",
-        "hint": "`sllmctl ls` lists the checkpoints that are here",
+        "hint": "`sllmctl ls` lists the checkpoints in the storage path",
         "exit_code": 1,
     }
     assert done.returncode == 1

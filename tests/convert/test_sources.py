@@ -48,7 +48,7 @@ def test_a_second_copy_of_the_weights_stays_behind_and_is_named(source: Path, ta
     fill(source, "consolidated.safetensors")
     result = convert(source, target)
     assert result.warnings == (
-        "`consolidated.safetensors` is no part of the checkpoint and stays behind",
+        "`consolidated.safetensors` is not part of the checkpoint and is not copied",
     )
     assert "consolidated.safetensors" not in files_of(target)
 
@@ -145,11 +145,11 @@ def test_a_link_out_of_the_source_is_not_followed(
     assert b"secret" not in found.values()
     assert found["inside.txt"] == found["config.json"]
     assert sorted(result.warnings) == [
-        "`folder` is a link to a directory and stays behind",
-        "`gone.txt` leads nowhere and stays behind",
-        "`notes.txt` links out of the source and stays behind",
-        "`pipe` is no regular file and stays behind",
-        "`pooling/up.txt` links out of the source and stays behind",
+        "`folder` is a link to a directory and is not copied",
+        "`gone.txt` is a broken link and is not copied",
+        "`notes.txt` links out of the source and is not copied",
+        "`pipe` is not a regular file and is not copied",
+        "`pooling/up.txt` links out of the source and is not copied",
     ]
 
 
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_read_are_not_passed_over(
         (source / name).symlink_to(source / "gone")
     else:
         os.mkfifo(source / name)
-    with pytest.raises(CheckpointError, match=rf"{name}` (leads nowhere|is no regular file)"):
+    with pytest.raises(CheckpointError, match=rf"{name}` (is a broken link|is not a regular file)"):
         convert(source, target)
     assert not target.exists()
 

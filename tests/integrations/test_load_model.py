@@ -146,7 +146,7 @@ def test_a_required_store_that_is_not_there_is_an_error(
 
 
 def test_a_use_of_the_store_that_there_is_not_is_an_error(original: Any) -> None:
-    with pytest.raises(ConfigError, match="`required` is no value of `store`") as caught:
+    with pytest.raises(ConfigError, match="`required` is not a value of `store`") as caught:
         load_model(original("qwen3"), store="required")  # type: ignore[arg-type]
     assert caught.value.hint == "auto; require; off"
 
@@ -192,7 +192,7 @@ def test_a_device_map_that_makes_no_sense_is_refused(device_map: Any, tmp_path: 
 
 @pytest.mark.parametrize("dtype", ["int8", "half-ish", torch.int64, 16])
 def test_a_dtype_that_is_not_floating_is_refused(dtype: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no floating dtype"):
+    with pytest.raises(ConfigError, match="not a floating dtype"):
         load_model(tmp_path / "nothing", torch_dtype=dtype)
 
 

@@ -179,7 +179,7 @@ def test_a_merged_adapter_is_part_of_a_saved_model(
     from sllmctl.transformers import save_model
 
     mine = load_lora(loaded(original("qwen3"), "qwen3"), "mine", adapter("qwen3"))
-    with pytest.raises(ConfigError, match="no transformers model"):
+    with pytest.raises(ConfigError, match="not a transformers model"):
         save_model(mine, tmp_path / "no")
     merged = mine.merge_and_unload()
     save_model(merged, tmp_path / "merged")
@@ -343,7 +343,7 @@ def test_what_is_no_adapter_is_refused(adapter: Adapter, original: Any, tmp_path
     with pytest.raises(CheckpointNotFound, match="no checkpoint in"):
         load_lora(model, "mine", path)
     (path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(ConfigError, match="type IA3, and no LoRA"):
+    with pytest.raises(ConfigError, match="type IA3, not LoRA"):
         load_lora(model, "mine", path)
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot read") as caught:
@@ -368,7 +368,7 @@ def test_names_and_places_that_make_no_sense_are_refused(adapter: Adapter, origi
     for name in ("", "a.b"):
         with pytest.raises(ConfigError, match="cannot be called"):
             load_lora(model, name, path)
-    with pytest.raises(ConfigError, match="a Linear takes no adapter"):
+    with pytest.raises(ConfigError, match="a Linear cannot take an adapter"):
         load_lora(torch.nn.Linear(2, 2), "mine", path)
     with pytest.raises(DeviceUnavailable):
         load_lora(model, "other", path, "npu:0")

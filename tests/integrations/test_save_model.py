@@ -166,7 +166,7 @@ def test_an_offloaded_model_is_saved_whole(original: Any, tmp_path: Path) -> Non
 
 
 def test_only_models_of_transformers_are_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a Linear is no transformers model"):
+    with pytest.raises(ConfigError, match="a Linear is not a transformers model"):
         save_model(torch.nn.Linear(2, 2), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 

@@ -280,7 +280,7 @@ def test_a_stream_never_mixes_two_versions_of_a_checkpoint(tiny_checkpoint: Path
 
 def test_a_use_of_the_store_that_is_none_is_refused(tiny_checkpoint: Path) -> None:
     for use in (load_tensors, stream_tensors):
-        with pytest.raises(ConfigError, match="`required` is no value of `store`"):
+        with pytest.raises(ConfigError, match="`required` is not a value of `store`"):
             use(tiny_checkpoint, store="required")
 
 

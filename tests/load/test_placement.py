@@ -159,6 +159,6 @@ def test_slabs_hold_whole_aligned_tensors_that_do_not_touch(sizes: list[int]) ->
 def test_memory_that_torch_cannot_have_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs_module, "check_device_memory", lambda spec, nbytes: None)
     with pytest.raises(
-        DeviceError, match=r"^cpu gives no \S+ TB of the \S+ TB that the load needs: .+"
+        DeviceError, match=r"^cpu cannot allocate \S+ TB of the \S+ TB that the load needs: .+"
     ):
         Slabs(CPU, [2**52])

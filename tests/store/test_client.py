@@ -77,7 +77,7 @@ def test_a_load_that_requires_a_store_refuses_one_whose_hello_makes_no_sense(
     answer: Answer, tiny_checkpoint: Path
 ) -> None:
     path = answer({"event": "hello", "version": 1})
-    with pytest.raises(StoreError, match="no store of ours"):
+    with pytest.raises(StoreError, match="not a store of sllmctl"):
         api.load(tiny_checkpoint, store="require", socket=path)
 
 

@@ -176,7 +176,7 @@ class TestLifecycle:
     def test_a_pool_larger_than_the_machine_is_refused(
         self, start_store: Callable[..., RunningStore]
     ) -> None:
-        with pytest.raises(AssertionError, match="is more than the .* have left"):
+        with pytest.raises(AssertionError, match="is more than the .* are free"):
             start_store(pool="100TB")
 
     def test_it_tells_systemd_when_clients_can_come(
@@ -278,7 +278,7 @@ class TestMetrics:
         from sllmctl.errors import ConfigError
         from sllmctl.store.metrics import parse_address
 
-        with pytest.raises(ConfigError, match="is no address"):
+        with pytest.raises(ConfigError, match="is not an address"):
             parse_address(address)
 
     def test_nothing_listens_on_tcp_unless_asked(self, store: RunningStore) -> None:

@@ -175,7 +175,7 @@ def test_the_index_is_in_the_order_of_layers_and_counts_bytes() -> None:
 
 
 def test_the_formats_own_name_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="keeps the name `__metadata__` for itself"):
+    with pytest.raises(CheckpointError, match="reserves the name `__metadata__`"):
         plan([spec("__metadata__", 1)])
 
 

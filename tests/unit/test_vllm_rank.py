@@ -92,7 +92,7 @@ def test_an_engine_that_says_nothing_is_ended(
 ) -> None:
     engine("import time; time.sleep(600)")
     monkeypatch.setattr(vllm_rank, "SILENCE_S", 2.0)
-    with pytest.raises(CheckpointError, match="said nothing for 2 s"):
+    with pytest.raises(CheckpointError, match="logged nothing for 2 s"):
         vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

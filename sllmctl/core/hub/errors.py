@@ -95,7 +95,7 @@ def to_error(name: str, error: ClientError, revision: str | None = None) -> HubE
             )
         case "endpoint":
             return HubError(
-                f"{endpoint(hub)} is no address of a hub: {detail}",
+                f"{endpoint(hub)} is not the address of a hub: {detail}",
                 hint="write it like https://hf-mirror.com",
             )
         case "gated":

@@ -134,7 +134,7 @@ def _choose_hub(hub: str) -> str:
     if hub == "auto" and os.environ.get("SLLMCTL_HUB"):
         hub, source = os.environ["SLLMCTL_HUB"].lower(), "SLLMCTL_HUB"
     if hub not in HUBS:
-        raise ConfigError(f"{source}: `{hub}` is no hub", hint=f"use one of {', '.join(HUBS)}")
+        raise ConfigError(f"{source}: `{hub}` is not a hub", hint=f"use one of {', '.join(HUBS)}")
     if hub == "auto" and os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in _TRUE:
         return "modelscope"
     return hub
@@ -151,12 +151,12 @@ def _check_names(name: str, hub: str, revision: str | None) -> None:
     )
     if not allowed:
         raise ConfigError(
-            f"`{name}` is no name of a model on a hub",
+            f"`{name}` is not a model name on a hub",
             hint="write it like Qwen/Qwen3-8B, or a local directory like ./models/qwen3",
         )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise ConfigError(
-            f"`{revision}` is no revision", hint="give a branch, a tag or a commit of the model"
+            f"`{revision}` is not a revision", hint="give a branch, a tag or a commit of the model"
         )
 
 

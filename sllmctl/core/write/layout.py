@@ -75,7 +75,7 @@ def plan_shards(
     """
     tensors = sorted(tensors, key=_by_layer)
     if METADATA_KEY in aliases or any(spec.name == METADATA_KEY for spec in tensors):
-        raise CheckpointError(f"safetensors keeps the name `{METADATA_KEY}` for itself")
+        raise CheckpointError(f"safetensors reserves the name `{METADATA_KEY}`")
     aliases_of: dict[str, dict[str, str]] = {}
     for alias, kept in aliases.items():
         aliases_of.setdefault(kept, {})[alias] = kept

@@ -170,13 +170,13 @@ def list_source(
         if name in top and name.endswith(INDEX_SUFFIX):
             continue
         if name in top and name.endswith(SUFFIX):
-            warnings.append(f"`{name}` is no part of the checkpoint and stays behind")
+            warnings.append(f"`{name}` is not part of the checkpoint and is not copied")
         elif _matches(name, OTHER_FORMATS) and not (include and _matches(name, include)):
             continue
         elif file.outside:
             # Weights are parsed, so a link may take them from anywhere. This would be copied as
             # it is, and a link in a downloaded repository must not pick up a file from elsewhere.
-            warnings.append(f"`{name}` links out of the source and stays behind")
+            warnings.append(f"`{name}` links out of the source and is not copied")
         else:
             others.append(file)
     others.sort(key=lambda file: file.name)
@@ -294,10 +294,10 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[FoundFile]:
             try:
                 status = path.stat()
             except OSError:
-                skipped[relative_name] = "leads nowhere"
+                skipped[relative_name] = "is a broken link"
                 continue
             if not stat.S_ISREG(status.st_mode):
-                skipped[relative_name] = "is no regular file"
+                skipped[relative_name] = "is not a regular file"
                 continue
             outside = path.is_symlink() and not any(
                 Path(os.path.realpath(path)).is_relative_to(root) for root in allowed

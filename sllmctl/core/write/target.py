@@ -210,10 +210,10 @@ def require_replaceable(path: Path, *, force: bool) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise ConfigError(f"`{path}` is there and is not a directory")
+        raise ConfigError(f"`{path}` exists and is not a directory")
     if path.is_mount():
         raise ConfigError(
-            f"`{path}` is a mount point, which nothing can take the place of",
+            f"`{path}` is a mount point and cannot be replaced",
             hint="choose a directory inside it",
         )
     try:

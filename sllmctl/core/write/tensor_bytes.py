@@ -118,7 +118,7 @@ def _check(name: object, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
             f"{shown(name)} is of type {type(tensor).__name__}, not a tensor",
-            hint="save the model's state_dict alone",
+            hint="save only the model's state_dict",
         )
     plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
     if not plain or tensor.device.type == "meta":

@@ -84,7 +84,7 @@ def _open_file(source: SourceFile) -> Weights:
         if isinstance(exc, pickle.UnpicklingError) and "GLOBAL" in str(exc):
             raise CheckpointError(
                 f"`{source.path}` holds more than tensors: reading it would run code of its own",
-                hint="find the model in safetensors, or save its state_dict alone",
+                hint="use a version of the model in safetensors, or save only its state_dict",
             ) from exc
         with source.path.open("rb") as file:
             start = file.read(len(LFS_START))
@@ -108,7 +108,7 @@ def _state_dict(loaded: Any, path: Path) -> Mapping[str, torch.Tensor]:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"`{path}` holds a {type(loaded).__name__}, not tensors by name",
-            hint="save the model's state_dict alone",
+            hint="save only the model's state_dict",
         )
     return loaded
 
