@@ -84,7 +84,9 @@ class EngineOptions:
         asked |= {key: value for key, value in extra.items() if value is not None}
         for key, choices in _CHOICES.items():
             if asked[key] not in choices:
-                raise ConfigError(f"`{asked[key]}` is not a value of `{key}`", hint="; ".join(choices))
+                raise ConfigError(
+                    f"`{asked[key]}` is not a value of `{key}`", hint="; ".join(choices)
+                )
         model = asked.get("model")
         models = dict(model) if isinstance(model, Mapping) else {}
         for text in [*models, *models.values()] if models else [model]:

@@ -182,7 +182,9 @@ def _load_to_devices(
 
 def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
     if store not in get_args(StoreUse):
-        raise ConfigError(f"`{store}` is not a value of `store`", hint="; ".join(get_args(StoreUse)))
+        raise ConfigError(
+            f"`{store}` is not a value of `store`", hint="; ".join(get_args(StoreUse))
+        )
     if store == "off":
         return None
     try:

@@ -60,7 +60,7 @@ def test_names_that_are_no_utf8_are_converted_listed_and_named(
     document = json.loads(done.stdout)
     assert document["path"] == f"models/{source.name}"
     assert document["warnings"] == [
-        r"`notes\udcfe.txt` has a name that is no UTF-8 and stays behind"
+        r"`notes\udcfe.txt` has a name that is not UTF-8 and is not copied"
     ]
     listed = sllmctl("ls", "--json", **strict)
     assert [m["name"] for m in json.loads(listed.stdout)["models"]] == [source.name]

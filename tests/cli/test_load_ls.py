@@ -94,7 +94,7 @@ def test_a_count_of_threads_that_makes_no_sense(
     done = sllmctl("load", tiny_checkpoint, SLLMCTL_THREADS=count)
     assert (done.returncode, done.stderr) == (
         1,
-        f"error: `{count}` reader threads\n\nhint: use 1 to 64\n",
+        f"error: cannot use `{count}` reader threads\n\nhint: use 1 to 64\n",
     )
 
 

@@ -224,7 +224,9 @@ def test_a_folder_that_cannot_be_read_is_named(
     monkeypatch.setattr(os, "scandir", refuse)
     refused = str(source / "tokenizer")
     warnings = convert(source, target).warnings
-    assert warnings == ("`tokenizer` cannot be read (Permission denied (EACCES)) and stays behind",)
+    assert warnings == (
+        "`tokenizer` cannot be read (Permission denied (EACCES)) and is not copied",
+    )
     refused = str(source)
     with pytest.raises(CheckpointError, match=r"cannot read .*\(EACCES\)"):
         list_source(source)

@@ -63,7 +63,7 @@ def test_a_file_that_is_replaced_is_kept(doctor: Doctor, machine: Make, name: st
     before = target.read_bytes()
     plan = doctor("--root", root, "--fix", "--dry-run").stdout
     undo = f"mv {str(target).removeprefix(str(root))}.old {str(target).removeprefix(str(root))}"
-    assert f"to take it back: {undo}" in plan.replace("~", "/root")
+    assert f"to undo it: {undo}" in plan.replace("~", "/root")
     assert doctor("--root", root, "--fix", "--yes").exit_code == 0
     assert target.read_bytes() != before
     assert target.with_name(target.name + ".old").read_bytes() == before

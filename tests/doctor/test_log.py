@@ -181,7 +181,7 @@ def test_the_command_explains_a_log_from_a_file_or_a_pipe(doctor: Doctor, tmp_pa
 def test_an_unknown_log_says_so(doctor: Doctor) -> None:
     done = doctor("--log", "-", text="all is well\n")
     assert done.exit_code == 0
-    assert done.stdout == "No line of this log is a known one.\n"
+    assert done.stdout == "No line of this log is known.\n"
 
 
 def test_a_line_without_an_end_takes_no_memory() -> None:

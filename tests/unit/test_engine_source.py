@@ -52,7 +52,7 @@ def bare(path: Path, architecture: str = "TinyForCausalLM") -> Path:
         ({"store": "maybe"}, "auto; require; off"),
         ({"check": True}, "full; names; off"),
         ({"rank_state": "on"}, "off; auto; require"),
-        ({"verify": "yes"}, "use true or false"),
+        ({"verify": "yes"}, "true; false"),
         ({"model": 3}, "give a path"),
         ({"model": {"a": ""}}, "give a path"),
         ({"model": {}}, "give a path"),

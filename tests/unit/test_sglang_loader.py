@@ -98,5 +98,5 @@ def test_padding_that_the_model_made_itself_may_stay(loaders: Any, storage: Path
 
 def test_what_is_no_option_is_refused_with_its_hint(loaders: Any) -> None:
     config = SimpleNamespace(model_loader_extra_config={"sllm": json.dumps({})})
-    with pytest.raises(ConfigError, match="no JSON object"):
+    with pytest.raises(ConfigError, match="not a JSON object"):
         loaders.SllmLoader(config)

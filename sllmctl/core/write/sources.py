@@ -162,7 +162,7 @@ def list_source(
         require_all_parts(path, names)
     weights = tuple(map(take, names))
     chosen = set(names)
-    warnings = [f"{shown(name)} {why} and stays behind" for name, why in skipped.items()]
+    warnings = [f"{shown(name)} {why} and is not copied" for name, why in skipped.items()]
     others = []
     for name, file in found.items():
         if name in chosen or name == MANIFEST_NAME or name.startswith(RANK_STATES):
@@ -289,7 +289,7 @@ def _walk(root: Path, skipped: dict[str, str]) -> Iterator[FoundFile]:
             if name.endswith(".lock"):
                 continue
             if not is_unicode(relative_name):
-                skipped[relative_name] = "has a name that is no UTF-8"
+                skipped[relative_name] = "has a name that is not UTF-8"
                 continue
             try:
                 status = path.stat()

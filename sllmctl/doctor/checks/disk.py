@@ -150,7 +150,7 @@ def file_system(m: Machine) -> Finding:
         )
     if _turns(m, number):
         return info(
-            say("{path} lies on a spinning disk", path=path),
+            say("{path} is on a spinning disk", path=path),
             file(f"/sys/dev/block/{number}", "rotational"),
             advice=say("put checkpoints on a local disk, by --storage-path"),
         )

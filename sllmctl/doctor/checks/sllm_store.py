@@ -316,7 +316,7 @@ def files(m: Machine) -> Finding:
     if not m.options.model:
         return skip(say("--model was not given"))
     if not path:
-        return skip(say("--model is no directory"))
+        return skip(say("--model is not a directory"))
     base = f"{path}/rank_0" if m.probe.is_dir(f"{path}/rank_0") else path
     index = f"{base}/tensor_index.json"
     text = m.probe.read_text(index, 256 << 20)
