@@ -115,9 +115,11 @@ def _holes(fd: int, path: str, start: int, end: int) -> Iterator[tuple[int, int]
     facts = probe_file(fd, path, start, end - start)
     if facts.resident_bytes >= end - start:
         return
-    middle = (start + end) // 2 // _PIECE_BYTES * _PIECE_BYTES
-    if end - start <= _PIECE_BYTES or not start < middle < end:
+    if end - start <= _PIECE_BYTES:
         yield start, end - start
         return
+    middle = (start + end) // 2 // _PIECE_BYTES * _PIECE_BYTES
+    if middle <= start:
+        middle += _PIECE_BYTES
     yield from _holes(fd, path, start, middle)
     yield from _holes(fd, path, middle, end)

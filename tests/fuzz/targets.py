@@ -108,7 +108,6 @@ def seeds(target: str) -> list[bytes]:
         return [
             json.dumps({"metadata": {"total_size": 8}, "weight_map": names}).encode()
             for names in (
-                {},
                 {"a": "model-00001-of-00002.safetensors", "b": "sub/x.safetensors"},
                 {"é": "x", "a\\b": "./y"},
             )

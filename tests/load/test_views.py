@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sllmctl.core import views
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.load import LoadOptions, LoadStats, load
-from sllmctl.native import probe_file
+from sllmctl.native import FileFacts, probe_file
 from tests.conftest import same_bits
 
 MIB = 1 << 20
@@ -96,3 +98,15 @@ def test_holes_for_which_there_is_no_memory_are_not_brought_in(
     drop(big / "model.safetensors", 8, 8)
     monkeypatch.setattr(views, "available_memory_bytes", lambda: 4 * MIB)
     assert check(big).mapped_bytes == 0
+
+
+@given(st.integers(0, 9 * MIB), st.integers(1, 40 * MIB))
+def test_pieces_cover_what_is_missing_and_none_is_larger_than_its_place(
+    start: int, nbytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views, "probe_file", lambda *_: FileFacts(0, 0, True, True))
+        pieces = list(views._holes(0, "f", start, start + nbytes))
+    assert [at for at, _ in pieces[1:]] == [at + length for at, length in pieces[:-1]]
+    assert (pieces[0][0], sum(length for _, length in pieces)) == (start, nbytes)
+    assert max(length for _, length in pieces) <= 2 * MIB
