@@ -15,8 +15,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 DIRECTORY = Path("demo")
 STORAGE = DIRECTORY / "models"
@@ -120,27 +120,30 @@ def compare(path: Path) -> None:
     import safetensors.torch  # noqa: F401 - imported before the fork: no load's business
     import torch  # noqa: F401
 
-    from sllmctl.bench import cases, measure
+    from sllmctl.bench import ways
+    from sllmctl.bench.measure import Sample, run_forked
+    from sllmctl.bench.pagecache import PageCache
+    from sllmctl.bench.rows import deadline_s
     from sllmctl.core.units import format_seconds
 
-    shards = sorted(path.glob("*.safetensors"))
-    nbytes = sum(shard.stat().st_size for shard in shards)
-    direct: dict[str, Any] = {
-        "sllmctl": lambda: cases.ours(path),
-        "safetensors": lambda: cases.safetensors_load(path),
-    }
-    via_store = {"sllmctl": lambda: cases.through_store(path, SOCKET)}
+    subject = ways.Subject(path, path.parent, socket=SOCKET)
+    nbytes = subject.file_bytes
+    cache = PageCache()
+    direct = {"sllmctl": ways.OURS, "safetensors": ways.SAFETENSORS}
+    via_store = {"sllmctl": ways.OURS_STORE}
     print(f"\n{'':14}{'loader':14}{'ready':>10}{'every byte read':>18}   (median of {ROUNDS})")
     for state, prepare, loaders in (
-        ("from disk", measure.make_cold, direct),
-        ("page cache", measure.make_hot, direct),
-        ("warm in store", measure.make_cold, via_store),
+        ("from disk", cache.make_cold, direct),
+        ("page cache", cache.make_hot, direct),
+        ("warm in store", cache.make_cold, via_store),
     ):
-        samples: dict[str, list[measure.Sample]] = {name: [] for name in loaders}
+        samples: dict[str, list[Sample]] = {name: [] for name in loaders}
         for _ in range(ROUNDS):
-            for name, case in loaders.items():
-                prepare(shards)
-                samples[name].append(measure.run_forked(case, pretouch_bytes=nbytes))
+            for name, way in loaders.items():
+                prepare(subject.shards)
+                case = partial(way.sample, subject)
+                sample = run_forked(case, deadline_s=deadline_s(nbytes), pretouch_bytes=nbytes)
+                samples[name].append(sample)
         if len({sample.check for runs in samples.values() for sample in runs}) != 1:
             sys.exit("the loaders do not agree on the bytes")
         for name, runs in samples.items():
