@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -22,8 +21,6 @@ from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, Progress
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 MapMode = Literal["auto", "never", "always"]
 MAX_THREADS = 64
