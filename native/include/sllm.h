@@ -288,6 +288,32 @@ sllm_status sllm_ring_create(sllm_device *device, uint64_t slot_bytes, uint32_t 
  */
 void sllm_ring_destroy(sllm_ring *ring);
 
+typedef struct sllm_registered sllm_registered;
+
+/**
+ * Map a file and register it with a device's runtime, so that jobs may copy from there without
+ * reading it into a ring first. For files in memory, such as a store's segments; the kernel refuses
+ * others. Nothing in this project registers by itself: whether it pays has to be measured.
+ * @param device          Of a backend that can ("cuda"); kept. Serves all devices of the backend.
+ * @param fd              Readable; may be closed afterwards. The file must keep its size.
+ * @param registered_out  The caller ends it with sllm_registered_destroy().
+ * @return SLLM_OK, SLLM_E_UNSUPPORTED (the backend cannot), SLLM_E_INVALID (an empty file),
+ *         SLLM_E_IO, SLLM_E_NOMEM, SLLM_E_DEVICE (the runtime refuses), SLLM_E_TIMEOUT or
+ *         SLLM_E_FORKED.
+ *
+ * Threads: any. Blocks: while pages are locked; a minute where the runtime hangs.
+ */
+sllm_status sllm_registered_create(sllm_device *device, int fd, sllm_registered **registered_out,
+                                   sllm_error *err);
+
+/**
+ * Unregister and unmap, now or with the last job that uses it. NULL is fine. Where the runtime
+ * refuses, the mapping stays.
+ *
+ * Threads: any. Blocks: while pages are unlocked; a minute where the runtime hangs.
+ */
+void sllm_registered_destroy(sllm_registered *registered);
+
 /* ---- gather: slices of host memory to a device --------------------------------------------- */
 
 typedef struct sllm_gather sllm_gather;
@@ -363,6 +389,8 @@ typedef struct sllm_file {
     int32_t fd;        /* a normal, readable descriptor; the job opens its own for direct I/O */
     uint32_t reserved; /* 0 */
     const char *path;  /* for messages; copied */
+    /* Of the same file, kept: devices copy from there, past the slots' memory. NULL: from slots. */
+    sllm_registered *registered;
 } sllm_file;
 
 /* A byte range of a file and where it goes. */
@@ -408,7 +436,8 @@ typedef struct sllm_job sllm_job;
  * Extents may overlap only between different devices; each byte is read once. An extent in host
  * memory is read in place: its address must be congruent to its offset modulo 4096, and the pages
  * it touches must belong to the job, or hold bytes of the same file at the same places, as
- * sllm_memory_create() gives them. An extent on a device goes through the ring.
+ * sllm_memory_create() gives them. An extent on a device goes through the ring, or is copied from
+ * where its file is registered.
  *
  * @param files, file_count      Copied.
  * @param extents, extent_count  Any order; copied.

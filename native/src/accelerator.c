@@ -59,6 +59,26 @@ static void unpin_late(sllmi_request *request)
     (void)unpin(request, NULL);
 }
 
+static sllm_status register_memory(sllmi_request *request, sllm_error *err)
+{
+    sllm_status status = start(request, err);
+    return status == SLLM_OK
+               ? request->ops->host_register(request->ordinal, request->memory, request->bytes, err)
+               : status;
+}
+
+static sllm_status unregister_memory(sllmi_request *request, sllm_error *err)
+{
+    sllm_status status = request->ops->set_device(request->ordinal, err);
+    return status == SLLM_OK ? request->ops->host_unregister(request->ordinal, request->memory, err)
+                             : status;
+}
+
+static void unregister_late(sllmi_request *request)
+{
+    (void)unregister_memory(request, NULL);
+}
+
 sllm_status sllmi_accelerator_probe(const sllmi_accelerator_ops *ops, int32_t *count_out,
                                     sllm_error *err)
 {
@@ -118,4 +138,24 @@ sllm_status sllmi_accelerator_host_free(void *dev, void *ptr)
         request_for(device->ops, device->ordinal, unpin, "unpinning memory", CALL_TIMEOUT_MS);
     request.memory = ptr;
     return sllmi_aside(&request, NULL) == SLLM_E_TIMEOUT ? SLLM_E_TIMEOUT : SLLM_OK;
+}
+
+sllm_status sllmi_accelerator_host_register(void *dev, void *memory, size_t bytes, sllm_error *err)
+{
+    const sllmi_accelerator *device = dev;
+    sllmi_request request = request_for(device->ops, device->ordinal, register_memory,
+                                        "registering memory", CALL_TIMEOUT_MS);
+    request.undo = unregister_late;
+    request.memory = memory;
+    request.bytes = bytes;
+    return sllmi_aside(&request, err);
+}
+
+sllm_status sllmi_accelerator_host_unregister(void *dev, void *memory, sllm_error *err)
+{
+    const sllmi_accelerator *device = dev;
+    sllmi_request request = request_for(device->ops, device->ordinal, unregister_memory,
+                                        "unregistering memory", CALL_TIMEOUT_MS);
+    request.memory = memory;
+    return sllmi_aside(&request, err);
 }

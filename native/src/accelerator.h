@@ -19,6 +19,9 @@ typedef struct sllmi_accelerator_ops {
     /* On a thread that has the device; aligned to SLLM_PAGE_BYTES. */
     sllm_status (*pin)(int32_t ordinal, size_t bytes, void **memory_out, sllm_error *err);
     void (*unpin)(void *memory);
+    /* The slots of sllmi_device_ops, on such a thread; NULL where the backend cannot. */
+    sllm_status (*host_register)(int32_t ordinal, void *memory, size_t bytes, sllm_error *err);
+    sllm_status (*host_unregister)(int32_t ordinal, void *memory, sllm_error *err);
 } sllmi_accelerator_ops;
 
 /* What `dev` is to the slots of a sllmi_device_ops; those below are some of them. */
@@ -35,5 +38,7 @@ void sllmi_accelerator_close(void *dev);
 sllm_status sllmi_accelerator_bind_thread(void *dev, sllm_error *err);
 sllm_status sllmi_accelerator_host_alloc(void *dev, size_t bytes, void **ptr_out, sllm_error *err);
 sllm_status sllmi_accelerator_host_free(void *dev, void *ptr);
+sllm_status sllmi_accelerator_host_register(void *dev, void *memory, size_t bytes, sllm_error *err);
+sllm_status sllmi_accelerator_host_unregister(void *dev, void *memory, sllm_error *err);
 
 #endif

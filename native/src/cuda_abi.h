@@ -15,6 +15,8 @@
 
 #define SLLMI_CUDA_MEMCPY_HOST_TO_DEVICE 1
 #define SLLMI_CUDA_HOST_ALLOC_PORTABLE 1u
+#define SLLMI_CUDA_HOST_REGISTER_PORTABLE 1u
+#define SLLMI_CUDA_HOST_REGISTER_READ_ONLY 8u
 #define SLLMI_CUDA_STREAM_NON_BLOCKING 1u
 #define SLLMI_CUDA_EVENT_DISABLE_TIMING 2u
 
@@ -28,6 +30,8 @@
     X(const char *, cudaGetErrorString, (int error))                                               \
     X(int, cudaHostAlloc, (void **memory_out, size_t bytes, unsigned flags))                       \
     X(int, cudaFreeHost, (void *memory))                                                           \
+    X(int, cudaHostRegister, (void *memory, size_t bytes, unsigned flags))                         \
+    X(int, cudaHostUnregister, (void *memory))                                                     \
     X(int, cudaStreamCreateWithFlags, (void **stream_out, unsigned flags))                         \
     X(int, cudaStreamDestroy, (void *stream))                                                      \
     X(int, cudaStreamQuery, (void *stream))                                                        \

@@ -9,8 +9,9 @@
 
 #include "sllm.h"
 
-#define SLLMI_DEVICE_ABI 3
-#define SLLMI_DEV_PINNED 1u /* host_alloc() gives page-locked memory, and copy() takes no other */
+#define SLLMI_DEVICE_ABI 4
+/* host_alloc() gives page-locked memory; copy() takes that, and what host_register() was given. */
+#define SLLMI_DEV_PINNED 1u
 
 /* A slot of the table never calls back into the core, and no lock is held across a call. */
 typedef struct sllmi_device_ops {
@@ -47,6 +48,11 @@ typedef struct sllmi_device_ops {
     /* Make the calling thread, which is one of ours, such a place. */
     sllm_status (*queue_bind)(void *queue, sllm_error *err);
     const char *visibility; /* the environment variable that hides devices, or NULL */
+    /* Let copies to every device of the backend start in memory that is mapped for reading alone,
+     * whole pages, until host_unregister(). Both are NULL where the backend cannot. Where the one
+     * answers SLLM_E_TIMEOUT, or the other anything but SLLM_OK, the memory has to stay mapped. */
+    sllm_status (*host_register)(void *dev, void *memory, size_t bytes, sllm_error *err);
+    sllm_status (*host_unregister)(void *dev, void *memory, sllm_error *err);
 } sllmi_device_ops;
 
 struct sllm_device {

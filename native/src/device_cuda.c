@@ -133,8 +133,25 @@ static void unpin(void *memory)
     (void)api.cudaFreeHost(memory);
 }
 
-static const sllmi_accelerator_ops accelerator = {
-    .name = "cuda", .count = count_devices, .set_device = set_device, .pin = pin, .unpin = unpin};
+/* A mapping that may only be read takes the flag, which not every platform has. */
+static sllm_status host_register(int32_t ordinal, void *memory, size_t bytes, sllm_error *err)
+{
+    return CALL(ordinal, err, cudaHostRegister, memory, bytes,
+                SLLMI_CUDA_HOST_REGISTER_PORTABLE | SLLMI_CUDA_HOST_REGISTER_READ_ONLY);
+}
+
+static sllm_status host_unregister(int32_t ordinal, void *memory, sllm_error *err)
+{
+    return CALL(ordinal, err, cudaHostUnregister, memory);
+}
+
+static const sllmi_accelerator_ops accelerator = {.name = "cuda",
+                                                  .count = count_devices,
+                                                  .set_device = set_device,
+                                                  .pin = pin,
+                                                  .unpin = unpin,
+                                                  .host_register = host_register,
+                                                  .host_unregister = host_unregister};
 
 static sllm_status cuda_probe(int32_t *count_out, sllm_error *err)
 {
@@ -324,4 +341,6 @@ const sllmi_device_ops sllmi_device_cuda = {
     .queue_is_here = cuda_queue_is_here,
     .queue_bind = cuda_queue_bind,
     .visibility = "CUDA_VISIBLE_DEVICES",
+    .host_register = sllmi_accelerator_host_register,
+    .host_unregister = sllmi_accelerator_host_unregister,
 };

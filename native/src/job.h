@@ -10,6 +10,7 @@
 #include "io.h"
 #include "plan.h"
 #include "queue.h"
+#include "registered.h"
 #include "sllm.h"
 
 #define SLLMI_MAX_THREADS 64u
@@ -29,6 +30,7 @@ struct sllm_job {
     pid_t pid;
     sllmi_plan plan;
     sllmi_source *sources;
+    sllm_registered **registered; /* one a source; NULL: it is read into slots */
     uint32_t source_count;
     uint64_t chunk_bytes;
     uint32_t flags;

@@ -17,6 +17,9 @@
 
 void sllmi_job_free(sllm_job *job)
 {
+    for (uint32_t i = 0; job->registered != NULL && i < job->source_count; i++) {
+        sllm_registered_destroy(job->registered[i]);
+    }
     for (uint32_t i = 0; job->sources != NULL && i < job->source_count; i++) {
         sllmi_source_close(&job->sources[i]);
     }
@@ -30,6 +33,7 @@ void sllmi_job_free(sllm_job *job)
     sllmi_plan_free(&job->plan);
     pthread_cond_destroy(&job->changed);
     pthread_mutex_destroy(&job->lock);
+    free(job->registered);
     free(job->sources);
     free(job->queues);
     free(job->devices);
@@ -123,8 +127,9 @@ static sllm_status check_extent(const sllm_job *job, const sllm_extent *extent, 
 static sllm_status allocate(sllm_job *job, uint32_t file_count, sllm_error *err)
 {
     job->sources = sllmi_sys.alloc(((size_t)file_count + 1) * sizeof *job->sources);
+    job->registered = sllmi_sys.alloc(((size_t)file_count + 1) * sizeof *job->registered);
     job->readers = sllmi_sys.alloc(job->reader_count * sizeof *job->readers);
-    bool whole = job->sources != NULL && job->readers != NULL;
+    bool whole = job->sources != NULL && job->registered != NULL && job->readers != NULL;
     if (job->device_count > 0) {
         job->devices = sllmi_sys.alloc(job->device_count * sizeof *job->devices);
         job->queues = sllmi_sys.alloc(job->device_count * sizeof *job->queues);
@@ -132,6 +137,32 @@ static sllm_status allocate(sllm_job *job, uint32_t file_count, sllm_error *err)
         whole = whole && job->devices != NULL && job->queues != NULL && job->copiers != NULL;
     }
     return whole ? SLLM_OK : sllmi_fail(err, SLLM_E_NOMEM, ENOMEM, "out of memory for a job");
+}
+
+static sllm_status take_registered(sllm_job *job, uint32_t file, sllm_registered *registered,
+                                   sllm_error *err)
+{
+    const sllmi_source *source = &job->sources[file];
+    if (registered->pid != getpid()) {
+        return sllmi_fail(err, SLLM_E_FORKED, 0, "`%s` was registered by another process",
+                          source->path);
+    }
+    if (registered->file.st_dev != source->at_open.st_dev ||
+        registered->file.st_ino != source->at_open.st_ino ||
+        registered->file.st_size != source->at_open.st_size) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "what is registered for `%s` is another file",
+                          source->path);
+    }
+    for (uint32_t i = 0; i < job->device_count; i++) {
+        const sllm_device *device = job->devices[i];
+        if (!sllmi_registered_feeds(registered, device)) {
+            return sllmi_fail(err, SLLM_E_INVALID, 0, "`%s` is not registered for %s:%d",
+                              source->path, device->ops->name, device->ordinal);
+        }
+    }
+    sllmi_registered_keep(registered);
+    job->registered[file] = registered;
+    return SLLM_OK;
 }
 
 static sllm_status open_sources(sllm_job *job, const sllm_file *files, uint32_t file_count,
@@ -142,6 +173,9 @@ static sllm_status open_sources(sllm_job *job, const sllm_file *files, uint32_t 
         sllm_status status =
             sllmi_source_open(files[i].fd, files[i].path, (job->flags & SLLM_JOB_NO_DIRECT) == 0,
                               &job->sources[i], err);
+        if (status == SLLM_OK && files[i].registered != NULL) {
+            status = take_registered(job, i, files[i].registered, err);
+        }
         if (status != SLLM_OK) {
             return status;
         }

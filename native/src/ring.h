@@ -11,6 +11,7 @@
 typedef struct sllmi_slot {
     char *memory;      /* slot_bytes, page-aligned */
     uint64_t chunk;    /* index into the plan, set by the reader */
+    const char *bytes; /* the chunk's first, in `memory` or in a registered file; likewise */
     atomic_uint users; /* devices that have not copied it yet */
     struct sllmi_slot *next_free;
 } sllmi_slot;

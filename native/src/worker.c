@@ -51,7 +51,7 @@ static sllm_status read_chunk(sllmi_worker *worker, uint64_t index, char *target
     return status;
 }
 
-/* Read a chunk into a slot and hand it to every device that wants some of it. */
+/* Read a chunk into a slot, or find it where its file is registered, and hand it to every device that wants some of it. */
 static sllm_status stage_chunk(sllmi_worker *worker, uint64_t index, sllm_error *err)
 {
     sllm_job *job = worker->job;
@@ -70,11 +70,19 @@ static sllm_status stage_chunk(sllmi_worker *worker, uint64_t index, sllm_error 
     }
     slot->chunk = index;
     slot->users = 1;
-    sllm_status status =
-        read_chunk(worker, index, slot->memory + chunk->offset % SLLM_PAGE_BYTES, err);
-    if (status != SLLM_OK) {
-        sllmi_ring_release(job->ring, slot);
-        return status;
+    const sllm_registered *registered = job->registered[chunk->file];
+    if (registered != NULL) { /* the slot alone limits the copies under way */
+        slot->bytes = registered->start + chunk->offset;
+        job->bytes_cache += chunk->bytes;
+        moved(job);
+    } else {
+        char *target = slot->memory + chunk->offset % SLLM_PAGE_BYTES;
+        slot->bytes = target;
+        sllm_status status = read_chunk(worker, index, target, err);
+        if (status != SLLM_OK) {
+            sllmi_ring_release(job->ring, slot);
+            return status;
+        }
     }
     uint32_t wanted = (uint32_t)__builtin_popcountll(devices);
     job->copies_left[index] = wanted;
@@ -153,7 +161,6 @@ static sllm_status start_copies(struct copier *copier, sllmi_slot *slot, sllm_er
 {
     sllm_job *job = copier->job;
     const sllmi_chunk *chunk = &job->plan.chunks[slot->chunk];
-    const char *bytes = slot->memory + chunk->offset % SLLM_PAGE_BYTES;
     struct flight *flight = &copier->flights[(copier->head + copier->count) % copier->capacity];
     flight->slot = slot;
     flight->bytes = 0;
@@ -162,7 +169,7 @@ static sllm_status start_copies(struct copier *copier, sllmi_slot *slot, sllm_er
     sllmi_piece piece;
     while (sllmi_plan_next_piece(&job->plan, chunk, copier->device, &cursor, &piece)) {
         sllm_status status = copier->ops->copy(copier->queue, piece.target,
-                                               bytes + piece.chunk_offset, piece.bytes, err);
+                                               slot->bytes + piece.chunk_offset, piece.bytes, err);
         if (status != SLLM_OK) {
             return status;
         }

@@ -92,6 +92,48 @@ class Ring:
         self.close()
 
 
+class Registered:
+    """A file in memory that devices may copy from where it is mapped, past any ring.
+
+    It ends with the last job that uses it. For measuring: no load makes one by itself.
+
+    Args:
+        device: Of a backend that can, which is "cuda"; it serves all devices of that.
+        fd: Of the file, whose size must stay as it is; may be closed afterwards.
+
+    Raises:
+        NativeError: The backend cannot, or the file cannot be mapped.
+        DeviceError: The runtime refused.
+    """
+
+    __slots__ = ("_out",)
+
+    def __init__(self, device: Device, fd: int) -> None:
+        out = owned("sllm_registered", lib.sllm_registered_destroy)
+        error, keep = ffi.new("sllm_error *"), device._out
+
+        def create() -> int:
+            handle = ffi.NULL if keep is None else keep[0]
+            return int(lib.sllm_registered_create(handle, fd, out, error))
+
+        check(call_aside(create), error)
+        self._out = out
+
+    @property
+    def _handle(self) -> Any:
+        return ffi.NULL if self._out is None else self._out[0]
+
+    def close(self) -> None:
+        """Unregister it; a job that still uses it keeps it for as long."""
+        self._out = None
+
+    def __enter__(self) -> Registered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Gather:
     """Strided slices of host memory, copied to a device through a ring.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sllmctl._native import ffi, lib
 from sllmctl.native.calls import CLOSE_TIMEOUT_MS, WAIT_SLICE_MS, check, owned
-from sllmctl.native.devices import Device, Ring
+from sllmctl.native.devices import Device, Registered, Ring
 
 
 class Extent(NamedTuple):
@@ -49,6 +49,8 @@ class Job:
         chunk_bytes: Largest read, a multiple of 4096; 0 for the library's own choice.
         threads: Readers; 0 for the library's own choice.
         direct: Whether reads may go around the page cache.
+        registered: Of each file, in the same order, where devices copy from instead of from the
+            ring; None, or nothing at all, for the ring.
         devices: What ``Extent.device`` counts; none for a load into host memory alone.
         ring: Staging slots of at least ``chunk_bytes`` and a page; needed for devices, and used
             by one job at a time.
@@ -68,6 +70,7 @@ class Job:
         chunk_bytes: int = 0,
         threads: int = 0,
         direct: bool = True,
+        registered: Sequence[Registered | None] = (),
         devices: Sequence[Device] = (),
         ring: Ring | None = None,
     ) -> None:
@@ -75,6 +78,8 @@ class Job:
         c_files = ffi.new(
             "sllm_file[]", [(fd, 0, path) for (fd, _), path in zip(files, paths, strict=True)]
         )
+        for number, one in enumerate(registered):
+            c_files[number].registered = ffi.NULL if one is None else one._handle
         c_extents = ffi.new(
             "sllm_extent[]", [(e.file, e.device, e.offset, e.nbytes, e.target) for e in extents]
         )

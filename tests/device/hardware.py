@@ -22,6 +22,7 @@ from pathlib import Path
 from sllmctl import native
 from sllmctl.core.devices import DeviceSpec
 from sllmctl.core.units import parse_size
+from sllmctl.errors import SllmError
 from tests.device.runtimes import RUNTIMES, Runtime
 
 MIB = 1 << 20
@@ -123,11 +124,18 @@ def load_once(
     target: int,
     chunk: int,
     nbytes: int,
+    registered: native.Registered | None = None,
 ) -> None:
     """The whole file to the device."""
     extents = [native.Extent(0, 0, nbytes, target, 0)]
     with native.Job(
-        [file], extents, keep=None, chunk_bytes=chunk, devices=[device], ring=ring
+        [file],
+        extents,
+        keep=None,
+        chunk_bytes=chunk,
+        devices=[device],
+        ring=ring,
+        registered=[registered],
     ) as job:
         while not job.wait()[0]:
             pass
@@ -148,6 +156,31 @@ def load(
         rows.append(row)
     print("A file in memory to the device, GB/s (share of the best above), by chunk and slots:\n")
     table(["chunk", *(f"{count}" for count in SLOTS)], rows)
+
+
+def registered(
+    device: native.Device, file: tuple[int, str], target: int, nbytes: int, best: float
+) -> None:
+    """The file copied from where it is mapped, and what it takes to register it for that."""
+    start = time.perf_counter()
+    try:
+        mapping = native.Registered(device, file[0])
+    except SllmError as exc:
+        print(f"Not registered: {exc}.\n")
+        return
+    taken = [time.perf_counter() - start]
+    with native.Ring(device, RING_CHUNKS[-1] + native.PAGE_BYTES, SLOTS[-1]) as ring:
+        once = partial(load_once, device, ring, file, target, RING_CHUNKS[-1], nbytes, mapping)
+        elapsed = seconds(once)
+    start = time.perf_counter()
+    mapping.close()
+    taken.append(time.perf_counter() - start)
+    share = nbytes / elapsed / 1e9 / best
+    print("The same file, registered with the device and copied from where it is mapped:\n")
+    table(
+        ["register, s", "copy, GB/s (share of the best above)", "unregister, s"],
+        [[f"{taken[0]:.3f}", f"{rate(nbytes, elapsed)} ({share:.2f})", f"{taken[1]:.3f}"]],
+    )
 
 
 def compare(runtime: Runtime, target: int, nbytes: int) -> None:
@@ -213,6 +246,7 @@ def main() -> None:
         best = link(runtime, target, nbytes)
         with warm_file(options.directory, nbytes) as file:
             load(device, file, target, nbytes, best)
+            registered(device, file, target, nbytes, best)
         compare(runtime, target, nbytes)
         gather(device, target, nbytes, best)
         runtime.free(memory)

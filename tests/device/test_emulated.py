@@ -72,6 +72,13 @@ def test_every_failure_is_explained_and_leaves_nothing(profile: str, tmp_path: P
     check("test_accelerator_faults", "plain", profile, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("profile", "mode"), [("newest", "plain"), (CUDA, "plain"), (CUDA, "asan"), (CUDA, "tsan")]
+)
+def test_files_in_memory_may_be_registered(profile: str, mode: str, tmp_path: Path) -> None:
+    check("test_accelerator_registered", mode, profile, tmp_path)
+
+
 @pytest.mark.parametrize("profile", ["newest", CUDA])
 def test_copies_overlap_reads(profile: str, tmp_path: Path) -> None:
     rate = {"ACLEMU_H2D_MBPS": "64", "ACLEMU_DELAY_US": "0"}

@@ -120,7 +120,9 @@ sllm_status load_create(test_load *load, sllm_job **job_out, sllm_error *err)
 {
     sllm_file files[LOAD_FILES];
     for (uint32_t i = 0; i < load->file_count; i++) {
-        files[i] = (sllm_file){.fd = load->files[i].fd, .path = load->files[i].path};
+        files[i] = (sllm_file){.fd = load->files[i].fd,
+                               .path = load->files[i].path,
+                               .registered = load->registered[i]};
     }
     return sllm_job_create(files, load->file_count, load->extents, load->extent_count,
                            &load->options, job_out, err);

@@ -26,7 +26,8 @@ typedef struct test_load {
     sllm_extent extents[LOAD_EXTENTS];
     void *places[LOAD_EXTENTS]; /* host: the sllm_memory; device: its allocation */
     uint64_t extent_count;
-    const load_memory *memory; /* NULL: the host's heap */
+    sllm_registered *registered[LOAD_FILES]; /* the test's own to end */
+    const load_memory *memory;               /* NULL: the host's heap */
     sllm_device *devices[LOAD_DEVICES];
     sllm_ring *ring;
     sllm_job_options options; /* set what is to differ from the defaults */

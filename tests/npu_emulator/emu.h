@@ -88,6 +88,8 @@ extern struct emu_settings emu_settings;
     X(host_mallocs)                                                                                \
     X(host_frees)                                                                                  \
     X(pinned_bytes)                                                                                \
+    X(registrations)                                                                               \
+    X(registered_bytes)                                                                            \
     X(streams)                                                                                     \
     X(busy_streams_destroyed)                                                                      \
     X(events)                                                                                      \

@@ -98,6 +98,8 @@ static aclError register_host(void *memory, uint64_t bytes, uint32_t flags, cons
     }
     if (code == ACL_SUCCESS) {
         emu_insert(&emu_host_ranges, emu_new_range(start, bytes, RANGE_REGISTERED));
+        emu_counters.registrations++;
+        emu_counters.registered_bytes += bytes;
     }
     pthread_mutex_unlock(&emu_memory_lock);
     return code == ACL_SUCCESS ? code : emu_fail(code, "%s: %p is pinned", function, memory);
@@ -131,6 +133,7 @@ EMU_API aclError aclrtHostUnregister(void *memory)
     if (range == NULL) {
         return emu_fail(HOST_MEMORY_NOT_REGISTERED, "aclrtHostUnregister(%p)", memory);
     }
+    emu_counters.registered_bytes -= range->end - range->start;
     emu_end_range(range, __func__);
     return ACL_SUCCESS;
 }

@@ -10,6 +10,7 @@
 #define CUDA_INVALID_DEVICE 101
 #define CUDA_UNKNOWN 999
 #define EVENT_PROGRESS 2u
+#define REGISTER_PINNED 0x10000000u
 
 #define DECLARE(result, name, parameters) EMU_API result name parameters;
 SLLMI_CUDA_FUNCTIONS(DECLARE)
@@ -25,6 +26,8 @@ aclError aclrtMemcpy(void *target, size_t target_bytes, const void *source, size
 aclError aclrtSynchronizeStream(void *stream);
 aclError aclrtMallocHost(void **memory_out, size_t bytes);
 aclError aclrtFreeHost(void *memory);
+aclError aclrtHostRegisterV2(void *memory, uint64_t bytes, uint32_t flags);
+aclError aclrtHostUnregister(void *memory);
 aclError aclrtCreateStream(void **stream_out);
 aclError aclrtDestroyStream(void *stream);
 aclError aclrtStreamQuery(void *stream, uint32_t *status_out);
@@ -130,6 +133,23 @@ int cudaFreeHost(void *memory)
 {
     EMU_ENTER("(%p)", memory);
     return in_cuda(aclrtFreeHost(((void **)memory)[-1]));
+}
+
+/* As on a platform that can register what may only be read: without its flag it refuses that. */
+int cudaHostRegister(void *memory, size_t bytes, unsigned flags)
+{
+    EMU_ENTER("(%p, %zu, %u)", memory, bytes, flags);
+    be_somewhere();
+    if (flags != (SLLMI_CUDA_HOST_REGISTER_PORTABLE | SLLMI_CUDA_HOST_REGISTER_READ_ONLY)) {
+        return answer(CUDA_INVALID_VALUE);
+    }
+    return in_cuda(aclrtHostRegisterV2(memory, bytes, REGISTER_PINNED));
+}
+
+int cudaHostUnregister(void *memory)
+{
+    EMU_ENTER("(%p)", memory);
+    return in_cuda(aclrtHostUnregister(memory));
 }
 
 int cudaStreamCreateWithFlags(void **stream_out, unsigned flags)

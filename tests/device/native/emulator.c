@@ -119,6 +119,7 @@ void emulator_check_empty(void)
     CHECK_U64(emulator_stat("streams"), 0);
     CHECK_U64(emulator_stat("events"), 0);
     CHECK_U64(emulator_stat("pinned_bytes"), 0);
+    CHECK_U64(emulator_stat("registered_bytes"), 0);
     CHECK_U64(emulator_stat("used0"), 0);
     CHECK_U64(emulator_stat("used1"), 0);
 }
