@@ -10,7 +10,13 @@ import typer
 
 from sllmctl.commands.options import AsJson, Socket, quiet_option
 from sllmctl.console import Console
-from sllmctl.core.units import format_page_size, format_rate, format_seconds, format_size
+from sllmctl.core.units import (
+    format_count,
+    format_page_size,
+    format_rate,
+    format_seconds,
+    format_size,
+)
 from sllmctl.errors import ConfigError, SllmError, StoreUnreachable
 
 _BAR_CELLS = 40
@@ -190,6 +196,9 @@ def _status_lines(
     for lease in answer["leases"]:
         age = format_seconds(lease["age_s"])
         lines.append(f"  pid {lease['pid']} has used {lease['model']} for {age}")
+    unlisted = sum(model["leases"] for model in answer["models"]) - len(answer["leases"])
+    if unlisted:
+        lines.append(f"  and {format_count(unlisted, 'younger lease')}")
     return lines
 
 

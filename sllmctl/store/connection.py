@@ -64,6 +64,11 @@ class Connection:
         self._loop.add_reader(sock, self._on_readable)
 
     @property
+    def busy(self) -> bool:
+        """Whether an answer is still to come, or to be sent."""
+        return self._paused or bool(self._out)
+
+    @property
     def holds_segments(self) -> bool:
         """Whether segments wait to be sent."""
         return any(segments for _, segments, _ in self._out)

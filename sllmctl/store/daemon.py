@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -34,6 +35,9 @@ _REASSURE_EVERY_S = 10.0
 _BACKLOG = 1024
 _ACCEPT_PAUSE_S = 1.0
 _ANSWER_S = 5.0
+_DRAIN_S = 8.0
+"""How long SIGTERM lets loads go on: container engines kill after 10 s."""
+_DRAIN_EVERY_S = 0.05
 _PR_SET_DUMPABLE = 4
 
 
@@ -43,6 +47,7 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._sessions: set[Session] = set()
+        self._socket_inode = 0
         self._loop = asyncio.new_event_loop()
         self._stop = threading.Event()
         pool = Pool(settings.pool_bytes, settings.segment_bytes, choose_backing)
@@ -51,6 +56,9 @@ class Daemon:
 
     def run(self, ready: Callable[[], None]) -> None:
         """Serve until SIGTERM or SIGINT; ``ready`` is called when clients can come.
+
+        After SIGTERM no more clients are taken, and loads that are under way have 8 s to end; a
+        second signal, or SIGINT, ends it at once. Whoever is left goes on from disk.
 
         Raises:
             StoreError: Another store serves this socket, or it cannot be made.
@@ -61,7 +69,7 @@ class Daemon:
         _hide_memory()
         lock = lock_socket(self.settings.socket_path)
         listener = listen(self.settings.socket_path, self.settings.group)
-        bound = self.settings.socket_path.stat().st_ino
+        self._socket_inode = self.settings.socket_path.stat().st_ino
         prefault = threading.Thread(
             target=self.keeper.pool.prefault, args=(self._stop,), name="sllm-prefault", daemon=True
         )
@@ -72,8 +80,8 @@ class Daemon:
 
                 metrics = serve_metrics(self.settings.metrics, self._ask)
             self._loop.add_reader(listener, self._accept, listener)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._loop.stop)
+            self._loop.add_signal_handler(signal.SIGTERM, self._drain, listener)
+            self._loop.add_signal_handler(signal.SIGINT, self._loop.stop)
             self._loop.call_later(_REAP_EVERY_S, self._reap)
             self._loop.call_later(_REASSURE_EVERY_S, self._reassure)
             for name in self.settings.preload:
@@ -86,10 +94,7 @@ class Daemon:
             if metrics is not None:
                 metrics.shutdown()
                 metrics.server_close()
-            listener.close()
-            with suppress(OSError):
-                if self.settings.socket_path.stat().st_ino == bound:
-                    self.settings.socket_path.unlink()
+            self._stop_listening(listener)
             for session in list(self._sessions):
                 self._loop.call_soon(session.end)
             self._loop.call_soon(self._loop.stop)
@@ -97,6 +102,28 @@ class Daemon:
             self.keeper.close()
             self._loop.close()
             os.close(lock)
+
+    def _drain(self, listener: socket.socket) -> None:
+        """Take no more clients, and end when those have what they wait for, or after a while."""
+        if listener.fileno() < 0:  # told so before
+            self._loop.stop()
+            return
+        self._loop.remove_reader(listener)
+        self._stop_listening(listener)
+        log.info("no more clients are taken; loads under way have %.0f s to end", _DRAIN_S)
+        self._end_when_drained(time.monotonic() + _DRAIN_S)
+
+    def _end_when_drained(self, deadline: float) -> None:
+        if any(session.busy for session in self._sessions) and time.monotonic() < deadline:
+            self._loop.call_later(_DRAIN_EVERY_S, self._end_when_drained, deadline)
+        else:
+            self._loop.stop()
+
+    def _stop_listening(self, listener: socket.socket) -> None:
+        listener.close()
+        with suppress(OSError):
+            if self.settings.socket_path.stat().st_ino == self._socket_inode:
+                self.settings.socket_path.unlink()
 
     def _ask(self) -> Message:
         """The status, for another thread."""
@@ -135,11 +162,13 @@ class Daemon:
             if exc.errno in (errno.EMFILE, errno.ENFILE):
                 log.warning("no descriptor left for another client: raise `ulimit -n`")
                 self._loop.remove_reader(listener)  # it stays readable: pause, not spin
-                self._loop.call_later(
-                    _ACCEPT_PAUSE_S, self._loop.add_reader, listener, self._accept, listener
-                )
+                self._loop.call_later(_ACCEPT_PAUSE_S, self._listen_again, listener)
             return
         self._sessions.add(Session(self.service, sock, self._sessions.discard))
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, listener)
 
     def _reap(self) -> None:
         self.keeper.pool.reap()
@@ -173,15 +202,21 @@ def lock_socket(path: Path) -> int:
             f"cannot listen at `{path}`: {exc.strerror or exc}",
             hint="give another --socket, in a directory that you own",
         ) from exc
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StoreError(
-            f"a store serves `{path}` already",
-            hint="`sllmctl status` shows it; or give another --socket",
-        ) from None
-    return fd
+    deadline = time.monotonic() + _DRAIN_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Without a socket it has just begun, or is ending.
+            if not path.is_socket() and time.monotonic() < deadline:
+                time.sleep(_DRAIN_EVERY_S)
+                continue
+            os.close(fd)
+            raise StoreError(
+                f"a store serves `{path}` already",
+                hint="`sllmctl status` shows it; or give another --socket",
+            ) from None
+        return fd
 
 
 def listen(path: Path, group: int | None) -> socket.socket:

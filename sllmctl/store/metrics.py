@@ -50,7 +50,8 @@ class StoreCollector(Collector):
         for part in _POOL_PARTS:
             parts.add_metric([part], pool[f"{part}_bytes"])
         yield parts
-        yield GaugeMetricFamily("sllm_leases", "Leases held.", value=len(status["leases"]))
+        held_leases = sum(model["leases"] for model in status["models"])
+        yield GaugeMetricFamily("sllm_leases", "Leases held.", value=held_leases)
         warm = GaugeMetricFamily(
             "sllm_model_warm_bytes", "Warm bytes of a model.", labels=["model"]
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sllmctl.errors import StoreError
 from sllmctl.store.keeper import LOAD_SECONDS, Keeper
 from sllmctl.store.lookups import Lookups
-from sllmctl.store.protocol import Message
+from sllmctl.store.protocol import MAX_MESSAGE_BYTES, Message, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,9 @@ class Service:
         models = list(keeper.models.values())
         held = [model.warm_bytes for model in models]
         in_use = sum(len(model.warm) + len(model.coming) for model in models)
-        leases = [lease for model in models for lease in model.leases]
+        leases = sorted(
+            (lease for model in models for lease in model.leases), key=lambda lease: lease.since_s
+        )
         return {
             "event": "status",
             "schema": "sllmctl.status/1",
@@ -74,7 +76,7 @@ class Service:
                 "locked": pool.locked,
                 "prefaulted_bytes": pool.prefaulted_bytes,
             },
-            "models": [
+            "models": _fitting(
                 {
                     "name": model.name,
                     "bytes": model.nbytes,
@@ -85,11 +87,11 @@ class Service:
                     "last_used_s": now - model.last_used_s,
                 }
                 for model, warm_bytes in zip(models, held, strict=True)
-            ],
-            "leases": [
+            ),
+            "leases": _fitting(
                 {"pid": lease.pid, "model": lease.model.name, "age_s": now - lease.since_s}
                 for lease in leases
-            ],
+            ),
             "counters": {
                 "loads": keeper.counters.loads,
                 "bytes_disk": keeper.counters.bytes_disk,
@@ -118,3 +120,14 @@ class Service:
             f"user {uid} may not ask for models by name",
             hint="run the command as the user who runs the store",
         )
+
+
+def _fitting(entries: Iterable[Message]) -> list[Message]:
+    """The first of a list, as many as leave room in a message for another list and the rest."""
+    room, taken = MAX_MESSAGE_BYTES // 3, []
+    for entry in entries:
+        room -= len(encode(entry))
+        if room < 0:
+            break
+        taken.append(entry)
+    return taken

@@ -46,6 +46,12 @@ class Session:
         """Drop the client."""
         self._connection.end()
 
+    @property
+    def busy(self) -> bool:
+        """Whether the client waits: for an answer, or for the rest of a model."""
+        lease = self._lease
+        return self._connection.busy or (lease is not None and lease in lease.model.waiting)
+
     def _ended(self) -> None:
         close_fds(self._fds)
         self._fds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
@@ -16,9 +17,11 @@ from sllmctl.errors import ReadError, StoreError
 from sllmctl.native import Job, Progress
 from sllmctl.store.files import ModelFiles, take_files
 from sllmctl.store.keeper import Keeper
+from sllmctl.store.lookups import Lookups
 from sllmctl.store.pool import Pool
 from sllmctl.store.protocol import MAX_MESSAGE_BYTES, MAX_PARTS, MAX_SHARDS, encode
 from sllmctl.store.residency import Lease
+from sllmctl.store.service import Service, Settings
 
 SEGMENT = 2 * 2**20
 
@@ -240,3 +243,25 @@ def test_a_model_of_too_many_parts_is_refused_before_anything_is_done_for_it(
 
 def _failing(*_: object) -> None:
     raise ReadError("cannot read `model` at byte 0: Input/output error (EIO)")
+
+
+def test_a_status_of_many_leases_is_one_message_and_counts_them_all(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(os.urandom(SEGMENT))
+    held = Held()
+    keeper = Keeper(Pool(2 * SEGMENT, SEGMENT), held.call_soon)
+    leases = [attach(keeper, path) for _ in range(10_000)]
+    settings = Settings(tmp_path, tmp_path / "socket", 2 * SEGMENT, SEGMENT)
+    loop = asyncio.new_event_loop()
+    service = Service(settings, keeper, Lookups(loop))
+    loop.close()
+    for name in ("m", "m" * 4096, "\U00029e3d" * 4096):
+        leases[0].model.name = name
+        status = service.status()
+        assert len(encode(status)) < MAX_MESSAGE_BYTES
+        assert [model["leases"] for model in status["models"]] == [len(leases)]
+        assert 5 < len(status["leases"]) < len(leases)
+        assert status["leases"][0]["age_s"] >= status["leases"][-1]["age_s"]
+    while leases[0].model.filling:
+        held.deliver()
+    keeper.close()

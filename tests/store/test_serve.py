@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,10 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from sllmctl.errors import StoreError
+from sllmctl.errors import StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from tests.store.conftest import RunningStore
 from tests.store.test_store import MakeModel, load
+
+SLOW_FILL = """
+import time
+from sllmctl.store import filler
+follow = filler._follow
+filler._follow = lambda *args: (time.sleep(2), follow(*args))[1]
+"""
 
 
 class TestCommands:
@@ -156,6 +164,42 @@ class TestLifecycle:
         store = start_store()
         assert store.end() == 0
         assert not store.socket.exists()
+
+    def test_a_store_that_is_started_while_another_ends_waits_for_it(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
+    ) -> None:
+        first = start_store(before=SLOW_FILL)
+        make_model("m")
+        with StoreClient(first.socket) as client:
+            client.ask({"op": "warm", "name": "m"})
+            first.process.terminate()
+            while first.socket.exists():
+                time.sleep(0.01)
+            second = start_store()
+            assert first.process.wait(timeout=60) == 0
+        assert second.status()["models"] == []
+
+    @pytest.mark.parametrize("signals", [1, 2])
+    def test_sigterm_lets_a_load_end_and_takes_no_other_client(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel, signals: int
+    ) -> None:
+        store = start_store(before=SLOW_FILL)
+        make_model("m")
+        with StoreClient(store.socket) as client:
+            client.ask({"op": "warm", "name": "m"})
+            for _ in range(signals):
+                store.process.terminate()
+                time.sleep(0.5)
+            with pytest.raises(StoreUnreachable):
+                StoreClient(store.socket)
+            if signals == 2:
+                with pytest.raises(StoreError):
+                    client.receive()
+            else:
+                while (message := client.receive()[0])["event"] != "settled":
+                    pass
+                assert message["missing"] == []
+        assert store.end() == 0
 
     def test_a_socket_in_use_is_refused_and_a_stale_one_replaced(
         self, start_store: Callable[..., RunningStore]
