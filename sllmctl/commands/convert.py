@@ -10,7 +10,7 @@ import typer
 
 from sllmctl.commands.options import AsJson, StoragePath, quiet_option
 from sllmctl.console import Console
-from sllmctl.core.units import format_rate, format_seconds, format_size, parse_size
+from sllmctl.core.units import format_count, format_rate, format_seconds, format_size, parse_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -244,8 +244,8 @@ def _moved(result: ConvertResult) -> int:
 
 def _lines(result: ConvertResult) -> list[str]:
     size = (
-        f"{result.tensors:,} tensors, {format_size(result.bytes)} in {result.shards} "
-        f"{'shard' if result.shards == 1 else 'shards'}"
+        f"{format_count(result.tensors, 'tensor')}, {format_size(result.bytes)} in "
+        f"{format_count(result.shards, 'shard')}"
     )
     if result.already:
         return [

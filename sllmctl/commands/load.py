@@ -10,7 +10,7 @@ import typer
 from sllmctl.commands.options import AsJson, ChunkSize, StoragePath, Threads, quiet_option
 from sllmctl.commands.options import Socket as SocketPath
 from sllmctl.console import Console, Format
-from sllmctl.core.units import format_rate, format_seconds, format_size
+from sllmctl.core.units import format_count, format_rate, format_seconds, format_size
 from sllmctl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -198,9 +198,9 @@ def _lines(
             f"{format_seconds(min(times))} to {format_seconds(max(times))})"
         )
     return [
-        f"loaded {document['model']} to {document['device']}: {stats.tensors:,} tensors, "
-        f"{format_size(stats.bytes)} in {format_seconds(stats.elapsed_s)}"
-        f" - {format_rate(stats.bytes, stats.elapsed_s)}{of_runs}",
+        f"loaded {document['model']} to {document['device']}: "
+        f"{format_count(stats.tensors, 'tensor')}, {format_size(stats.bytes)} in "
+        f"{format_seconds(stats.elapsed_s)} - {format_rate(stats.bytes, stats.elapsed_s)}{of_runs}",
         "",
         *console.table(["stage", ">time", ">bytes", ">rate"], rows),
         "",

@@ -9,7 +9,7 @@ import typer
 
 from sllmctl.commands.options import AsJson, StoragePath, quiet_option
 from sllmctl.console import Console
-from sllmctl.core.units import format_rate, format_seconds, format_size
+from sllmctl.core.units import format_count, format_rate, format_seconds, format_size
 
 if TYPE_CHECKING:
     from sllmctl.core.verify import VerifyReport
@@ -72,18 +72,18 @@ def _lines(model: str, report: VerifyReport) -> list[str]:
     if not report.ok:
         count = len(report.problems)
         return [
-            f"{model}: {count} {'problem' if count == 1 else 'problems'}",
+            f"{model}: {format_count(count, 'problem')}",
             *(f"  {problem.message}" for problem in report.problems),
             "",
             "convert it again with --force, or copy the damaged files again",
         ]
     if report.checked == "structure":
         return [
-            f"{model}: {report.tensors:,} tensors, structure checked",
+            f"{model}: {format_count(report.tensors, 'tensor')}, structure checked",
             "  there are no digests to compare bytes with: sllmctl did not convert it",
         ]
     return [
         f"{model}: every byte is as it was written",
-        f"  {report.tensors:,} tensors, {format_size(report.bytes)} in "
+        f"  {format_count(report.tensors, 'tensor')}, {format_size(report.bytes)} in "
         f"{format_seconds(report.elapsed_s)} - {format_rate(report.bytes, report.elapsed_s)}",
     ]

@@ -31,6 +31,11 @@ def storage_path(explicit: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen or DEFAULT_STORAGE).expanduser()
 
 
+def is_true(value: str | None) -> bool:
+    """Whether a variable of the environment that is true or false is true."""
+    return value is not None and value.lower() in ("1", "true", "yes", "on")
+
+
 def looks_like_path(model: str) -> bool:
     """Whether a MODEL is written as a path, not as a name."""
     return model in (".", "..", "~") or model.startswith(_PATH_STARTS)

@@ -77,3 +77,8 @@ def format_seconds(elapsed_s: float) -> str:
 def format_rate(size_bytes: float, elapsed_s: float) -> str:
     """Write a rate: ``1.82 GB/s``, or a dash when no time passed."""
     return f"{format_size(size_bytes / elapsed_s)}/s" if elapsed_s > 0 else "-"
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things, such as ``1 tensor`` or ``1,366 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,23 @@ def end(body: str) -> tuple[int, str]:
 
 def test_ctrl_c_before_a_command_has_begun() -> None:
     assert end("raise KeyboardInterrupt") == (130, "interrupted\n")
+
+
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback() -> None:
+    script = """
+import os, signal, sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from sllmctl.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_ctrl_c_in_a_finalizer_is_not_lost() -> None:

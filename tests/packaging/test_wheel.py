@@ -101,7 +101,7 @@ def test_the_wheel_says_what_it_needs_and_how_it_is_started(built: Built) -> Non
     needed = metadata.get_all("Requires-Dist") or []
     assert not any("==" in requirement.partition(";")[0] for requirement in needed)
     entry_points = read_from_wheel(built, ".dist-info/entry_points.txt").decode()
-    assert "sllmctl = sllmctl.cli:main" in entry_points
+    assert "sllmctl = sllmctl.__main__:main" in entry_points
     assert b"Apache License" in read_from_wheel(built, "/LICENSE")
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllmctl.core.units import (
+    format_count,
     format_page_size,
     format_rate,
     format_seconds,
@@ -82,3 +83,11 @@ def test_a_share_is_a_size_or_a_part() -> None:
     for text in ("0%", "101%", "%", "-1%", "nan%"):
         with pytest.raises(ConfigError, match="no part of the memory"):
             parse_share(text, 1000)
+
+
+def test_one_thing_is_no_plural() -> None:
+    assert [format_count(number, "tensor") for number in (0, 1, 1366)] == [
+        "0 tensors",
+        "1 tensor",
+        "1,366 tensors",
+    ]

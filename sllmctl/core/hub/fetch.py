@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sllmctl.core.config import is_true
 from sllmctl.core.hub.cache import COMMIT, cache_root, find_cached, find_snapshot
 from sllmctl.core.hub.errors import TITLES, not_enough_room, redact, to_error, unreachable_both
 from sllmctl.core.hub.files import choose_files
@@ -25,7 +26,6 @@ __all__ = ["HUBS", "Download", "fetch", "find_cached"]
 HUBS = ("auto", "huggingface", "modelscope")
 FALLBACK_DEADLINE_S = 10.0
 REACH_DEADLINE_S = 60.0
-_TRUE = {"1", "on", "true", "yes"}
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)
@@ -135,7 +135,7 @@ def _choose_hub(hub: str) -> str:
         hub, source = os.environ["SLLMCTL_HUB"].lower(), "SLLMCTL_HUB"
     if hub not in HUBS:
         raise ConfigError(f"{source}: `{hub}` is not a hub", hint=f"use one of {', '.join(HUBS)}")
-    if hub == "auto" and os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in _TRUE:
+    if hub == "auto" and is_true(os.environ.get("VLLM_USE_MODELSCOPE")):
         return "modelscope"
     return hub
 
@@ -165,7 +165,7 @@ def _offline_variable() -> str | None:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         value = os.environ.get(variable)
         if value:
-            return variable if value.lower() in _TRUE else None
+            return variable if is_true(value) else None
     return None
 
 

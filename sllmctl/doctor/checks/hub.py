@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 
+from sllmctl.core.config import is_true
 from sllmctl.doctor.check import Finding, check, dist, env, fail, file, ok, say, skip, warn
 from sllmctl.doctor.machine import Machine
 from sllmctl.doctor.probe import parse_json
 
-_TRUE = ("1", "true", "yes", "on")
 _POINTER = "version https://git-lfs"
 
 
@@ -35,7 +35,7 @@ def settings(m: Machine) -> Finding:
             fix=f"export HF_ENDPOINT={endpoint.rstrip('/')}",
         )
     for name in ("VLLM_USE_MODELSCOPE", "SGLANG_USE_MODELSCOPE"):
-        if m.env.get(name, "").lower() in _TRUE and not m.dists.get("modelscope"):
+        if is_true(m.env.get(name)) and not m.dists.get("modelscope"):
             return fail(
                 say("{name} is set, but modelscope is not installed", name=name),
                 env(name, m.env[name]),
@@ -64,9 +64,7 @@ def _is_id(model: str) -> bool:
     profiles="base convert",
 )
 def offline(m: Machine) -> Finding:
-    on = [
-        n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if m.env.get(n, "").lower() in _TRUE
-    ]
+    on = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if is_true(m.env.get(n))]
     model = m.options.model
     cache = hub_cache(m)
     place = m.nearest(cache)
