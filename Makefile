@@ -33,10 +33,12 @@ $(STAMP): pyproject.toml build_native.py constraints-dev.txt $(wildcard native/*
 demo: setup ## convert, load, check and time a real model and a generated one of 1 GB
 	@$(BIN)/python -m tests.demo
 
-test: setup lint ## run what CI runs: lint and all tests
-	@$(MAKE) --no-print-directory $(NPU_STAMP) || echo "without torch_npu: its tests will be skipped"
-	@# Two halves side by side: it takes a quarter of an hour, and on one core twice that.
+test: setup ## run what CI runs: lint and all tests
 	@mkdir -p build
+	@$(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
+		$(MAKE) --no-print-directory $(NPU_STAMP) || echo "without torch_npu: its tests will be skipped"; \
+		wait $$lint; lint=$$?; cat build/lint.log; exit $$lint
+	@# Two halves side by side: it takes a quarter of an hour, and on one core twice that.
 	@$(BIN)/python -m pytest -p no:cacheprovider $(HALF) > build/test-half.log 2>&1 & half=$$!; \
 		$(BIN)/python -m pytest -p no:cacheprovider $(addprefix --ignore=,$(HALF)); rest=$$?; \
 		wait $$half; half=$$?; cat build/test-half.log; exit $$((rest | half))

@@ -1,7 +1,7 @@
 """Load a model and make one token, in a process that began with nothing.
 
-``python -m sllmctl.bench.first_token WAY PATH`` writes one line of JSON: the token, and seconds of
-``imports``, ``load`` and ``token``.
+``python -m sllmctl.bench.first_token WAY PATH DEVICE`` writes one line of JSON: the token, when it
+was there by the system's monotonic clock, and seconds of ``imports``, ``load`` and ``token``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class _Clock:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.last = time.monotonic()
 
     def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.stages[f"{stage}_s"] = now - self._last
-        self._last = now
+        now = time.monotonic()
+        self.stages[f"{stage}_s"] = now - self.last
+        self.last = now
 
 
 def transformers(path: Path, device: str, clock: _Clock) -> int:
@@ -38,7 +38,7 @@ def transformers(path: Path, device: str, clock: _Clock) -> int:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     model.to(device)
     clock.lap("load")
-    return _token(model, device)
+    return _token(model, device, clock)
 
 
 def load_model(path: Path, device: str, clock: _Clock) -> int:
@@ -48,15 +48,17 @@ def load_model(path: Path, device: str, clock: _Clock) -> int:
     clock.lap("imports")
     model = load(path, device_map=device, fully_parallel=True)
     clock.lap("load")
-    return _token(model, device)
+    return _token(model, device, clock)
 
 
-def _token(model: Any, device: str) -> int:
+def _token(model: Any, device: str, clock: _Clock) -> int:
     import torch
 
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPT], device=device)).logits
-    return int(logits[0, -1].argmax())
+    token = int(logits[0, -1].argmax())
+    clock.lap("token")
+    return token
 
 
 def vllm(path: Path, device: str, clock: _Clock, load_format: str = "auto") -> int:
@@ -71,6 +73,7 @@ def vllm(path: Path, device: str, clock: _Clock, load_format: str = "auto") -> i
     (answer,) = engine.generate(
         {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False
     )
+    clock.lap("token")
     return int(answer.outputs[0].token_ids[0])
 
 
@@ -95,6 +98,7 @@ def sglang(path: Path, device: str, clock: _Clock, **options: Any) -> int:
     answer = engine.generate(
         input_ids=PROMPT, sampling_params={"max_new_tokens": 1, "temperature": 0}
     )
+    clock.lap("token")
     engine.shutdown()
     return int(answer["output_ids"][0])
 
@@ -115,8 +119,7 @@ def main() -> None:
     way, path, device = sys.argv[1:]
     clock = _Clock()
     token = WAYS[way](Path(path), device, clock)
-    clock.lap("token")
-    line = json.dumps({"token": token, "stages": clock.stages})
+    line = json.dumps({"token": token, "at": clock.last, "stages": clock.stages})
     sys.stdout.write(f"\n{line}\n")
 
 

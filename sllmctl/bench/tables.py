@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from sllmctl.bench.document import (
@@ -11,7 +12,7 @@ from sllmctl.bench.document import (
     part_of_limit,
     ratio_to_reference,
 )
-from sllmctl.core.units import format_rate, format_seconds, format_size
+from sllmctl.core.units import format_count, format_rate, format_seconds, format_size
 
 Table = tuple[list[str], list[list[str]]]
 READY, EVERY = "ready", "every byte read"
@@ -32,6 +33,7 @@ def group_table(group: dict[str, Any], *, full: bool = False) -> Table:
         f">fastest .. slowest, {measured}",
         ">quartiles",
         ">rate",
+        ">of which the load",
         f">× {group['reference']}",
         ">of the limit",
         ">CPU",
@@ -81,11 +83,18 @@ def _cells(group: dict[str, Any], row: dict[str, Any]) -> list[str]:
         f"{format_seconds(measured['min'])} .. {format_seconds(measured['max'])}",
         f"{format_seconds(measured['q1'])} .. {format_seconds(measured['q3'])}",
         format_rate(nbytes, measured["median"]) if nbytes else "",
+        _load_stage(row),
         "" if ratio is None or limit else f"{ratio:.2f}",
         "" if part is None or limit else f"{part:.0%}",
         *(_amount(row, name) for name in ("cpu_s", "peak_bytes", "private_bytes", "disk_bytes")),
         change_text(row),
     ]
+
+
+def _load_stage(row: dict[str, Any]) -> str:
+    """What a process that also starts an engine spends on the load."""
+    stages = [sample["stages"]["load_s"] for sample in row["samples"] if sample["stages"]]
+    return format_seconds(statistics.median(stages)) if stages else ""
 
 
 def _amount(row: dict[str, Any], name: str) -> str:
@@ -127,9 +136,9 @@ def title_line(document: Document) -> str:
     checkpoint = document["checkpoint"]
     return (
         f"{checkpoint['name']}: {format_size(checkpoint['bytes'])}, "
-        f"{checkpoint['tensors']:,} tensors in {checkpoint['shards']} "
-        f"{'file' if checkpoint['shards'] == 1 else 'files'}, to {document['device']}; "
-        f"median of {document['rounds']} round{'s' if document['rounds'] > 1 else ''}"
+        f"{format_count(checkpoint['tensors'], 'tensor')} in "
+        f"{format_count(checkpoint['shards'], 'file')}, to {document['device']}; "
+        f"median of {format_count(document['rounds'], 'round')}"
     )
 
 
