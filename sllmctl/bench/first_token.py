@@ -1,7 +1,8 @@
 """Load a model and make one token, in a process that began with nothing.
 
-``python -m sllmctl.bench.first_token WAY PATH DEVICE`` writes one line of JSON: the token, when it
-was there by the system's monotonic clock, and seconds of ``imports``, ``load`` and ``token``.
+``python -m sllmctl.bench.first_token WAY PATH DEVICE`` writes one line: `ANSWER`, and as JSON the
+token, when it was there by the system's monotonic clock, and seconds of ``imports``, ``load`` and
+``token``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ANSWER = "sllmctl first token: "
+"""What the line begins with, among all that engines say."""
 PROMPT = [11, 12, 13, 14, 15, 16, 17, 18]
 _CONTEXT = 64
 
@@ -120,7 +123,7 @@ def main() -> None:
     clock = _Clock()
     token = WAYS[way](Path(path), device, clock)
     line = json.dumps({"token": token, "at": clock.last, "stages": clock.stages})
-    sys.stdout.write(f"\n{line}\n")
+    sys.stdout.write(f"\n{ANSWER}{line}\n")
 
 
 if __name__ == "__main__":

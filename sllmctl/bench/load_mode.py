@@ -91,7 +91,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
             [
                 *([read] if on_cpu else link),
                 through,
-                *_cases(everything, subject, cache.make_hot, pretouch),
+                *_cases(everything, subject, cache.make_hot, pretouch, cache.make_hot),
             ],
             nbytes,
             (READ,) if on_cpu else (PINNED,),
@@ -99,7 +99,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
     ]
     if on_cpu:
         title = "How long does a load into private memory take, with the page cache full?"
-        cases = [copy, *_cases(private, subject, cache.make_hot, pretouch)]
+        cases = [copy, *_cases(private, subject, cache.make_hot, pretouch, cache.make_hot)]
         groups.append(Group(PRIVATE, title, "ready_s", cases, nbytes, (COPY,), ways.PREAD.name))
     return groups
 
@@ -173,12 +173,22 @@ def _cases(
     subject: Subject,
     prepare: Callable[[Sequence[Path]], None],
     pretouch_bytes: int,
+    again: Callable[[Sequence[Path]], None] | None = None,
 ) -> list[Case]:
+    """A row a way.
+
+    Args:
+        chosen: The ways.
+        subject: What they load.
+        prepare: Brings a way's files into the state that is measured.
+        pretouch_bytes: See `measure.run_forked`.
+        again: Does so after that memory was touched, which may have taken the page cache's.
+    """
     return [
         Case(
             way.name,
             way.kind,
-            partial(way.sample, subject),
+            partial(_sample, way, subject, again),
             partial(prepare, way.files(subject)),
             ways.version_of(way.package),
             way.problem(subject),
@@ -187,6 +197,12 @@ def _cases(
         )
         for way in chosen
     ]
+
+
+def _sample(way: Way, subject: Subject, again: Callable[[Sequence[Path]], None] | None) -> Sample:
+    if again is not None:
+        again(way.files(subject))
+    return way.sample(subject)
 
 
 def convert_group(subject: Subject, cache: PageCache) -> Group:

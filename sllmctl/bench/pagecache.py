@@ -58,7 +58,10 @@ class PageCache:
         self.dropped_everything = True
 
     def make_hot(self, paths: Sequence[Path]) -> None:
-        """Read files until they are in the page cache.
+        """Read files through the page cache, whole, until they are in it.
+
+        A few pages that are missing would have to come from the disk, which takes longer than all
+        of a load that maps the rest.
 
         Raises:
             SllmError: They do not stay there.
@@ -67,11 +70,11 @@ class PageCache:
         for path in paths:
             with path.open("rb", buffering=0) as file:
                 for _ in range(_TRIES):
-                    if _resident_fraction(file.fileno(), path) >= HOT_MIN_FRACTION:
-                        break
                     file.seek(0)
                     while file.readinto(block):
                         pass
+                    if _resident_fraction(file.fileno(), path) >= HOT_MIN_FRACTION:
+                        break
                 else:
                     raise SllmError(f"`{path}` does not stay in the page cache: too little memory")
 

@@ -15,6 +15,7 @@ from sllmctl.bench.measure import Forked, Sample
 from sllmctl.bench.plain import write_plain
 from sllmctl.bench.room import check_room, free_bytes, spare_memory_bytes
 from sllmctl.bench.rows import Bench, Case, Group, deadline_s
+from sllmctl.bench.stores import Store, pool_for, running_store
 from sllmctl.bench.ways import Subject, Way
 from sllmctl.core.units import format_size
 from sllmctl.errors import SllmError
@@ -60,22 +61,45 @@ def _processes(bench: Bench, subject: Subject, scratch: Path) -> Iterator[Group]
     for own, what in ((False, "the same checkpoint"), (True, "a checkpoint each")):
         for state in (_FULL, _EMPTY):
             cases = []
-            for count in counts:
-                chosen = models[:count] if own else models[:1] * count
-                subjects = [replace(subject, path=path) for path in chosen]
-                cases += [_together(bench, way, subjects, state) for way in _WAYS]
-            yield bench.measure(
-                Group(
-                    f"processes, {what}, {state}",
-                    f"When processes load {what} of {format_size(nbytes)} at once, with the "
-                    f"{state}: how long does it take until the last of them has it?",
-                    "all_s",
-                    cases,
-                    nbytes,
-                    mode="scale",
-                    ranked=False,
+            with ExitStack() as stack:
+                store = None if own or state == _FULL else _store(stack, nbytes)
+                for count in counts:
+                    chosen = models[:count] if own else models[:1] * count
+                    subjects = [replace(subject, path=path) for path in chosen]
+                    cases += [_together(bench, way, subjects, state) for way in _WAYS]
+                    if store is not None:
+                        cases.append(_through(bench, store, subjects))
+                yield bench.measure(
+                    Group(
+                        f"processes, {what}, {state}",
+                        f"When processes load {what} of {format_size(nbytes)} at once, with the "
+                        f"{state}: how long does it take until the last of them has it?",
+                        "all_s",
+                        cases,
+                        nbytes,
+                        mode="scale",
+                        ranked=False,
+                    )
                 )
-            )
+
+
+def _store(stack: ExitStack, nbytes: int) -> Store | None:
+    """A store for them all, where one can be had."""
+    try:
+        return stack.enter_context(running_store(pool_for(nbytes)))
+    except SllmError:
+        return None
+
+
+def _through(bench: Bench, store: Store, subjects: Sequence[Subject]) -> Case:
+    """All through a store that has nothing yet, and reads for them once."""
+
+    def empty() -> None:
+        store.empty()
+        bench.cache.make_cold(subjects[0].shards)
+
+    through = [replace(subject, socket=store.socket) for subject in subjects]
+    return replace(_together(bench, ways.OURS_STORE, through, _EMPTY), prepare=empty)
 
 
 def _together(bench: Bench, way: Way, subjects: Sequence[Subject], state: str) -> Case:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+from sllmctl.bench.first_token import ANSWER
 from sllmctl.bench.measure import Sample, cpu_seconds, run_forked
 from sllmctl.bench.rows import Bench, Case, Group, deadline_s
 from sllmctl.bench.stores import Store, pool_for, running_store
@@ -122,7 +123,9 @@ def _run(way: str, subject: Subject, store: Store | None) -> Sample:
     if done.returncode:
         why = _why(done.stdout + done.stderr)
         raise SllmError(why or f"exit code {done.returncode}")
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    # Engines go on talking after it.
+    lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    answer = json.loads(lines[-1].removeprefix(ANSWER))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Sample(
         answer["at"] - started,
