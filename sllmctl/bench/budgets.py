@@ -136,7 +136,7 @@ def _convert_and_start(groups: Sequence[Group]) -> Iterator[Budget]:
             "" if peak is None else format_size(peak),
         )
     index = _median(groups, load.START, load.INDEX)
-    yield Budget("100,000 tensors: index read and planned, s", _value(index), 0.3, False)
+    yield Budget("100,000 tensors: index read and checked, s", _value(index), 0.3, False)
     shown = _median(groups, load.START, load.HELP)
     typer = _median(groups, load.START, load.TYPER)
     yield Budget("sllmctl --help, s", _value(shown), 0.25, False)

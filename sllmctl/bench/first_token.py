@@ -38,8 +38,8 @@ def transformers(path: Path, device: str, clock: _Clock) -> int:
     from transformers import AutoModelForCausalLM
 
     clock.lap("imports")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    model.to(device)
+    where = None if device == "cpu" else device
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=where)
     clock.lap("load")
     return _token(model, device, clock)
 

@@ -20,7 +20,6 @@ from sllmctl.bench.pagecache import PageCache
 from sllmctl.bench.rows import Case, Group, deadline_s
 from sllmctl.bench.stores import IDLE_LEASES, Store, idle_leases
 from sllmctl.bench.ways import Subject, Way
-from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.errors import SllmError
 
 INDEX_TENSORS = 100_000
@@ -45,7 +44,7 @@ GROUPS = (COLD, CACHED, PRIVATE, FIRST, WARM, LEASES, CONVERT, START)
 STORE_GROUPS = (FIRST, WARM, LEASES)
 CP, CONVERT_ONLY, CONVERT_VERIFY = "cp + fsync", "convert --no-verify", "convert"
 INDEX, HELP, TYPER, NOTHING = (
-    "index of 100,000 tensors, read and planned",
+    "index of 100,000 tensors",
     "sllmctl --help",
     "python -c 'import typer'",
     "python -c pass",
@@ -53,12 +52,28 @@ INDEX, HELP, TYPER, NOTHING = (
 NO_LEASES, MANY_LEASES = "no other lease", f"{IDLE_LEASES:,} idle leases"
 
 
+# What a process has as its peak includes that of the one that started it: ours is large.
+_PEAK = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(done.returncode)
+"""
+_OPEN = """
+import sys, time
+from pathlib import Path
+from sllmctl.core.checkpoint import open_checkpoint
+started = time.perf_counter()
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+print(time.perf_counter() - started, len(checkpoint.tensors))
+"""
+
+
 def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
     """Loads without a store: from the disk, from the page cache, and into private memory."""
     nbytes = subject.file_bytes
     on_cpu = subject.device == "cpu"
     link = [] if on_cpu else [_link(subject)]
-    pretouch = 2 * nbytes if on_cpu else 0
     everything = [ways.OURS, ways.OURS_MODEL, *ways.PEERS]
     private = [ways.OURS_COPY, *ways.PRIVATE_PEERS]
     raw = Case(
@@ -80,7 +95,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
             COLD,
             "How long does a load take when nothing of the checkpoint is in memory?",
             "all_s",
-            [raw, *link, *_cases(everything, subject, cache.make_cold, pretouch)],
+            [raw, *link, *_cases(everything, subject, cache.make_cold)],
             nbytes,
             (RAW, *(case.name for case in link)),
         ),
@@ -91,7 +106,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
             [
                 *([read] if on_cpu else link),
                 through,
-                *_cases(everything, subject, cache.make_hot, pretouch, cache.make_hot),
+                *_cases(everything, subject, cache.make_hot, cached=True),
             ],
             nbytes,
             (READ,) if on_cpu else (PINNED,),
@@ -99,7 +114,7 @@ def disk_groups(subject: Subject, cache: PageCache) -> list[Group]:
     ]
     if on_cpu:
         title = "How long does a load into private memory take, with the page cache full?"
-        cases = [copy, *_cases(private, subject, cache.make_hot, pretouch, cache.make_hot)]
+        cases = [copy, *_cases(private, subject, cache.make_hot, cached=True)]
         groups.append(Group(PRIVATE, title, "ready_s", cases, nbytes, (COPY,), ways.PREAD.name))
     return groups
 
@@ -110,7 +125,6 @@ def store_groups(subject: Subject, cache: PageCache, store: Store) -> list[Group
     shards, nbytes = subject.shards, subject.file_bytes
     on_cpu = subject.device == "cpu"
     link = [] if on_cpu else [_link(subject)]
-    pretouch = nbytes if on_cpu else 0
     raw = Case(RAW, "limit", partial(limits.raw_direct, shards), partial(cache.make_cold, shards))
     read = Case(READ, "limit", partial(limits.memory_read, nbytes), pretouch_bytes=nbytes)
 
@@ -126,9 +140,9 @@ def store_groups(subject: Subject, cache: PageCache, store: Store) -> list[Group
             )
         cache.make_cold(shards)
 
-    first = _cases([ways.OURS_STORE], subject, empty_store, pretouch)
-    later = _cases([ways.OURS_STORE], subject, warm_store, 0)
-    others = _cases([ways.OURS, ways.SAFETENSORS], subject, cache.make_cold, pretouch)
+    first = _cases([ways.OURS_STORE], subject, empty_store, store=store)
+    later = _cases([ways.OURS_STORE], subject, warm_store, store=store)
+    others = _cases([ways.OURS, ways.SAFETENSORS], subject, cache.make_cold)
     groups = [
         Group(
             FIRST,
@@ -172,8 +186,9 @@ def _cases(
     chosen: Sequence[Way],
     subject: Subject,
     prepare: Callable[[Sequence[Path]], None],
-    pretouch_bytes: int,
-    again: Callable[[Sequence[Path]], None] | None = None,
+    *,
+    cached: bool = False,
+    store: Store | None = None,
 ) -> list[Case]:
     """A row a way.
 
@@ -181,27 +196,35 @@ def _cases(
         chosen: The ways.
         subject: What they load.
         prepare: Brings a way's files into the state that is measured.
-        pretouch_bytes: See `measure.run_forked`.
-        again: Does so after that memory was touched, which may have taken the page cache's.
+        cached: That is the page cache, and is brought about once more after memory was touched,
+            which may have taken some of it.
+        store: Whose work is part of theirs.
     """
     return [
         Case(
             way.name,
             way.kind,
-            partial(_sample, way, subject, again),
+            partial(_sample, way, subject, prepare if cached else None, store),
             partial(prepare, way.files(subject)),
             ways.version_of(way.package),
             way.problem(subject),
-            pretouch_bytes,
+            way.own_bytes(subject, cached=cached),
             may_differ=way in (ways.OURS_MODEL, ways.FROM_PRETRAINED),
         )
         for way in chosen
     ]
 
 
-def _sample(way: Way, subject: Subject, again: Callable[[Sequence[Path]], None] | None) -> Sample:
+def _sample(
+    way: Way,
+    subject: Subject,
+    again: Callable[[Sequence[Path]], None] | None,
+    store: Store | None,
+) -> Sample:
     if again is not None:
         again(way.files(subject))
+    if store is not None:
+        return store.with_its_work(partial(way.sample, subject))
     return way.sample(subject)
 
 
@@ -216,10 +239,13 @@ def convert_group(subject: Subject, cache: PageCache) -> Group:
 
     convert = partial(_convert, subject.path, target)
     cases = [
-        Case(CP, "limit", partial(_copy_files, subject.shards, target), clean),
-        Case(CONVERT_ONLY, "ours", partial(convert, verify=False), clean),
-        Case(CONVERT_VERIFY, "ours", partial(convert, verify=True), clean),
+        Case(CP, "limit", partial(_copy_files, subject.shards, target)),
+        Case(CONVERT_ONLY, "ours", partial(convert, verify=False)),
+        Case(CONVERT_VERIFY, "ours", partial(convert, verify=True)),
     ]
+    # The page cache of what `cp` writes, and the buffers of a conversion.
+    memory_bytes = 2 * subject.file_bytes
+    cases = [replace(case, prepare=clean, pretouch_bytes=memory_bytes) for case in cases]
     question = "How long does a conversion take, beside a plain copy of the files?"
     return Group(CONVERT, question, "ready_s", cases, subject.file_bytes, (CP,), CP)
 
@@ -239,13 +265,14 @@ def _copy_files(paths: Sequence[Path], target: Path) -> Sample:
 def _convert(path: Path, target: Path, *, verify: bool) -> Sample:
     command = [sys.executable, "-m", "sllmctl", "convert", str(path), "--output", str(target)]
     done = subprocess.run(
-        [*command, "--json", *([] if verify else ["--no-verify"])],
+        [sys.executable, "-c", _PEAK, *command, "--json", *([] if verify else ["--no-verify"])],
         capture_output=True,
         text=True,
     )
+    lines = done.stderr.strip().splitlines()
     if done.returncode:
-        raise SllmError(done.stderr.strip().partition("\n")[0].removeprefix("error: "))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        raise SllmError(lines[0].removeprefix("error: "))
+    peak = int(lines[-1]) * 1024
     # Without the interpreter's start, as `cp` has none to speak of.
     elapsed: float = json.loads(done.stdout)["elapsed_s"]
     return Sample(elapsed, cpu_s=cpu_seconds(resource.RUSAGE_CHILDREN), peak_bytes=peak)
@@ -282,12 +309,12 @@ def write_index(path: Path, tensors: int = INDEX_TENSORS) -> None:
 
 
 def _read_index(path: Path) -> Sample:
-    cpu, started = cpu_seconds(), time.perf_counter()
-    checkpoint = open_checkpoint(path)
-    elapsed = time.perf_counter() - started
-    if len(checkpoint.tensors) != INDEX_TENSORS:
-        raise SllmError(f"{len(checkpoint.tensors)} tensors in the index")
-    return Sample(elapsed, cpu_s=cpu_seconds() - cpu)
+    command = [sys.executable, "-c", _OPEN, str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    elapsed, tensors = done.stdout.split()
+    if int(tensors) != INDEX_TENSORS:
+        raise SllmError(f"{tensors} tensors in the index")
+    return Sample(float(elapsed), cpu_s=cpu_seconds(resource.RUSAGE_CHILDREN))
 
 
 def _run(*arguments: str) -> Sample:

@@ -78,16 +78,25 @@ def run_forked(case: Callable[[], Sample], *, deadline_s: float, pretouch_bytes:
 
 
 class Forked:
-    """A child that runs a case; it does not outlive the block."""
+    """A child that runs a case; it does not outlive the block.
 
-    def __init__(self, case: Callable[[], Sample], pretouch_bytes: int = 0) -> None:
+    Args:
+        case: See `run_forked`.
+        pretouch_bytes: See there.
+        leads: Whether it leads a process group, which ends with it: not where the parent is a
+            child of this kind itself.
+    """
+
+    def __init__(
+        self, case: Callable[[], Sample], pretouch_bytes: int = 0, *, leads: bool = True
+    ) -> None:
         self._reader, writer = os.pipe()
         with warnings.catch_warnings():
             # Python 3.12 warns of fork beside threads; those that imports leave behind are idle.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
         if self._pid == 0:
-            _child(case, pretouch_bytes, self._reader, writer)
+            _child(case, pretouch_bytes, self._reader, writer, leads)
         os.close(writer)
         self._status: int | None = None
 
@@ -141,17 +150,17 @@ def _kill_group(pid: int) -> None:
 
 
 def _child(
-    case: Callable[[], Sample], pretouch_bytes: int, reader: int, writer: int
+    case: Callable[[], Sample], pretouch_bytes: int, reader: int, writer: int, leads: bool
 ) -> None:  # pragma: no cover - never returns
     """The child's whole life."""
     try:
-        os.setpgid(0, 0)
+        if leads:
+            os.setpgid(0, 0)
         os.close(reader)
         os.dup2(2, 1)  # stdout is the report's
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if pretouch_bytes:
-            touch(Memory.create(pretouch_bytes))
         gc.collect()
+        settle(pretouch_bytes)
         document: dict[str, Any] = asdict(case())
     except BaseException as exc:
         first = str(exc).strip().partition("\n")[0]
@@ -177,7 +186,6 @@ class Held:
 
 def measure_load(load: Callable[[], Held], device: str = "cpu") -> Sample:
     """Time a load, and then read every byte that it brought."""
-    own_memory()
     reset_peak()
     before, blocks = memory(), disk_reads()
     cpu, started = cpu_seconds(), time.perf_counter()
@@ -244,6 +252,13 @@ def synchronize(device: str) -> None:
         import torch
 
         getattr(torch, kind).synchronize(device)
+
+
+def settle(pretouch_bytes: int = 0) -> None:
+    """Have this process' own memory, and so many bytes more that are there when they are wanted."""
+    own_memory()  # first: it would take of the others
+    if pretouch_bytes:
+        touch(Memory.create(pretouch_bytes))
 
 
 def touch(memory: Memory) -> None:

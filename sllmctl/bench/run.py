@@ -17,6 +17,7 @@ from sllmctl.bench import load_mode, machine, scale_mode, startup_mode, switch_m
 from sllmctl.bench.budgets import budgets
 from sllmctl.bench.document import SCHEMA, Document
 from sllmctl.bench.generate import make_qwen3
+from sllmctl.bench.imports import import_times
 from sllmctl.bench.measure import run_forked
 from sllmctl.bench.room import check_room
 from sllmctl.bench.rows import Bench, Case, Group, Note, deadline_s
@@ -84,7 +85,7 @@ def run(options: Options, note: Note) -> Document:
         imports = {}
         if any(mode != "load" for mode in options.modes) or options.wants(*_LOADS):
             note("importing the libraries")
-            imports = ways.import_times(subject)
+            imports = import_times(subject)
         bench = Bench(options.rounds, random.Random(_ORDER_SEED), note)
         groups = [
             group for mode in options.modes for group in _MODES[mode](bench, subject, options)

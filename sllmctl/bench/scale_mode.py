@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from sllmctl.bench import ways
-from sllmctl.bench.measure import Forked, Sample
+from sllmctl.bench.measure import Forked, Sample, settle
 from sllmctl.bench.plain import write_plain
 from sllmctl.bench.room import check_room, free_bytes, spare_memory_bytes
 from sllmctl.bench.rows import Bench, Case, Group, deadline_s
@@ -60,27 +60,24 @@ def _processes(bench: Bench, subject: Subject, scratch: Path) -> Iterator[Group]
     ]
     for own, what in ((False, "the same checkpoint"), (True, "a checkpoint each")):
         for state in (_FULL, _EMPTY):
-            cases = []
+            group = Group(
+                f"processes, {what}, {state}",
+                f"When processes load {what} of {format_size(nbytes)} at once, with the "
+                f"{state}: how long does it take until the last of them has it?",
+                "all_s",
+                [],
+                mode="scale",
+                ranked=False,
+            )
             with ExitStack() as stack:
                 store = None if own or state == _FULL else _store(stack, nbytes)
                 for count in counts:
                     chosen = models[:count] if own else models[:1] * count
                     subjects = [replace(subject, path=path) for path in chosen]
-                    cases += [_together(bench, way, subjects, state) for way in _WAYS]
+                    group.cases += [_together(bench, way, subjects, state) for way in _WAYS]
                     if store is not None:
-                        cases.append(_through(bench, store, subjects))
-                yield bench.measure(
-                    Group(
-                        f"processes, {what}, {state}",
-                        f"When processes load {what} of {format_size(nbytes)} at once, with the "
-                        f"{state}: how long does it take until the last of them has it?",
-                        "all_s",
-                        cases,
-                        nbytes,
-                        mode="scale",
-                        ranked=False,
-                    )
-                )
+                        group.cases.append(_through(bench, store, subjects))
+                yield bench.measure(group)
 
 
 def _store(stack: ExitStack, nbytes: int) -> Store | None:
@@ -99,55 +96,74 @@ def _through(bench: Bench, store: Store, subjects: Sequence[Subject]) -> Case:
         bench.cache.make_cold(subjects[0].shards)
 
     through = [replace(subject, socket=store.socket) for subject in subjects]
-    return replace(_together(bench, ways.OURS_STORE, through, _EMPTY), prepare=empty)
+    case = _together(bench, ways.OURS_STORE, through, _EMPTY)
+    return replace(case, prepare=empty, run=partial(store.with_its_work, case.run))
 
 
 def _together(bench: Bench, way: Way, subjects: Sequence[Subject], state: str) -> Case:
     files = [path for one in {one.path: one for one in subjects}.values() for path in one.shards]
     put = bench.cache.make_hot if state == _FULL else bench.cache.make_cold
+    nbytes = sum(subject.file_bytes for subject in subjects)
+    what = f"{len(subjects)} process{'es' if len(subjects) > 1 else ''}"
     return Case(
-        f"{way.name}, {len(subjects)} process{'es' if len(subjects) > 1 else ''}",
+        f"{way.name}, {what}",
         way.kind,
-        partial(load_together, way, subjects),
+        partial(load_together, way, subjects, state == _FULL),
         partial(put, files),
         ways.version_of(way.package),
         way.problem(subjects[0]),
-        # What each process allocates; where files are mapped there is nothing to touch.
-        len(subjects) * subjects[0].file_bytes if state == _EMPTY else 0,
+        bytes_of=what,
+        extra_s=deadline_s(nbytes),  # beyond the one in which it gives up by itself
     )
 
 
-def load_together(way: Way, subjects: Sequence[Subject]) -> Sample:
-    """Load in as many processes at once: the time of the last, the memory and work of all.
+def load_together(way: Way, subjects: Sequence[Subject], cached: bool) -> Sample:
+    """Load in as many processes at once.
+
+    Returns:
+        From their common start until the last of them was ready, and had read every byte; the
+        memory that none shares, and the work, of all; a digest of everything.
 
     Raises:
         SllmError: One of them failed.
     """
     start_reader, start_writer = os.pipe()
+    ready_reader, ready_writer = os.pipe()
 
     def wait_and_load(subject: Subject) -> Sample:
         os.close(start_writer)
+        settle(way.own_bytes(subject, cached=cached))
+        os.write(ready_writer, b".")
         os.read(start_reader, 1)  # ends when nobody can write any more
-        return way.sample(subject)
+        sample = way.sample(subject)
+        end = time.perf_counter()  # one clock for all processes
+        return replace(sample, ready_s=end - ((sample.all_s or 0) - sample.ready_s), all_s=end)
 
-    nbytes = sum(subject.file_bytes for subject in subjects)
+    deadline = time.monotonic() + deadline_s(sum(subject.file_bytes for subject in subjects))
     with ExitStack() as stack:
         children = [
-            stack.enter_context(Forked(partial(wait_and_load, subject))) for subject in subjects
+            stack.enter_context(Forked(partial(wait_and_load, subject), leads=False))
+            for subject in subjects
         ]
+        os.close(ready_writer)
         os.close(start_reader)
+        left = len(children)
+        while left and (said := len(os.read(ready_reader, left))):
+            left -= said
+        os.close(ready_reader)
+        started = time.perf_counter()
         os.close(start_writer)
-        deadline = time.monotonic() + deadline_s(nbytes)
         samples = [child.result(deadline) for child in children]
-    if len({subject.path for subject in subjects}) == 1 < len({s.check for s in samples}):
+    checks = [sample.check or "" for sample in samples]
+    if len({subject.path for subject in subjects}) == 1 < len(set(checks)):
         raise SllmError("processes that load the same checkpoint have different bytes")
     return Sample(
-        max(sample.ready_s for sample in samples),
-        max(sample.all_s or sample.ready_s for sample in samples),
+        max(sample.ready_s for sample in samples) - started,
+        max(sample.all_s or 0 for sample in samples) - started,
         cpu_s=sum(sample.cpu_s for sample in samples),
-        peak_bytes=sum(sample.peak_bytes for sample in samples),
         private_bytes=sum(sample.private_bytes for sample in samples),
         disk_bytes=sum(sample.disk_bytes for sample in samples),
+        check=" ".join(checks),
     )
 
 
@@ -155,8 +171,8 @@ def load_together(way: Way, subjects: Sequence[Subject]) -> Sample:
 
 
 def sizes_up_to(largest: int, free_disk: int, free_memory: int) -> list[int]:
-    """Sizes to measure: those that fit on the disk, and twice into memory (file and copy)."""
-    most = min(largest, free_disk, free_memory // 2)
+    """Sizes to measure: those that fit on the disk, and thrice into memory (see `own_bytes`)."""
+    most = min(largest, free_disk, free_memory // 3)
     return [size for size in SIZES if size <= most] or [SIZES[0]]
 
 
@@ -209,6 +225,7 @@ def _alone(bench: Bench, way: Way, subject: Subject, state: str, what: str) -> C
         partial(put, subject.shards),
         ways.version_of(way.package),
         way.problem(subject),
-        subject.file_bytes if state == _EMPTY else 0,
+        way.own_bytes(subject, cached=state == _FULL),
         bytes_of=what,
+        extra_s=deadline_s(subject.file_bytes),
     )

@@ -25,6 +25,7 @@ MOST_ROUNDS = 3
 """An engine takes a minute to start; five rounds of five such rows are half an hour."""
 
 _ENGINE_S = 300.0
+_IMPORTS = "its load contains most of the imports, which run while bytes move"
 # Way of `first_token`, row, package behind it, module, seconds that an engine may take.
 _WAYS: tuple[tuple[str, str, Kind, str, float], ...] = (
     ("transformers", "transformers from_pretrained", "peer", "transformers", 0),
@@ -87,7 +88,8 @@ def _case(
         problem = "the checkpoint has no config.json to build a model from"
     version = version_of("sllmctl" if package == "transformers" and kind == "ours" else package)
     run = partial(_run, way, subject, store)
-    return Case(name, kind, run, prepare, version, problem, extra_s=extra_s)
+    note = "" if way != "load_model" else _IMPORTS
+    return Case(name, kind, run, prepare, version, problem, note=note, extra_s=extra_s)
 
 
 def _fill(subject: Subject, store: Store) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from sllmctl.bench.room import check_room, spare_memory_bytes
 from sllmctl.bench.rows import Bench, Case, Group, Row
 from sllmctl.bench.stores import Store, running_store
 from sllmctl.bench.ways import Subject, Way
-from sllmctl.core.units import format_size
+from sllmctl.core.units import format_seconds, format_size
 from sllmctl.errors import ConfigError, SllmError
 from sllmctl.store.pool import choose_segment_bytes
 
 GENERATED_MODELS = 3
+_WAYS = (ways.SAFETENSORS, ways.OURS)
 _QUEUE_SEED = 11
 _FAVOURITE = 0.5
 """How often the next model is the one that is asked for most."""
@@ -61,14 +64,22 @@ def groups(
         sum(sizes[number] for number in order) // len(order),
         mode="switch",
     )
-    for way in (ways.SAFETENSORS, ways.OURS):
-        group.rows.append(_play(bench, subjects, order, way, way.name))
-    for count in range(len(subjects) + 1):
-        # The largest ones, and a segment each that is only partly used.
-        wanted = sum(sorted(sizes)[-count:]) if count else max(sizes) // 2
-        pool_bytes = wanted + len(subjects) * choose_segment_bytes(wanted)
-        group.rows.append(_through_pool(bench, subjects, order, pool_bytes, count))
-    expected = [sample.check for sample in group.rows[1].samples]
+    with ExitStack() as stack:
+        players = [_Player(Row(way.name, way.kind), way, subjects) for way in _WAYS]
+        for count in range(len(subjects) + 1):
+            # The largest ones, and a segment each that is only partly used.
+            wanted = sum(sorted(sizes)[-count:]) if count else max(sizes) // 2
+            pool_bytes = wanted + len(subjects) * choose_segment_bytes(wanted)
+            players.append(_through_pool(stack, subjects, pool_bytes, count))
+        for number, index in enumerate(order):
+            # In turn: what a disk gives changes by the minute.
+            for player in bench.order.sample(players, len(players)):
+                bench.note(f"switch {number + 1} of {len(order)}: {player.row.name}")
+                player.switch_to(bench, index)
+        for player in players:
+            player.sum_up()
+    group.rows = [player.row for player in players]
+    expected = [sample.check for sample in players[1].row.samples]
     for row in group.rows:
         if not row.problem and [sample.check for sample in row.samples] != expected:
             row.problem = "its bytes are not those of the files"
@@ -92,46 +103,68 @@ def _subjects(
         yield replace(subject, path=path)
 
 
-def _through_pool(
-    bench: Bench, subjects: Sequence[Subject], order: Sequence[int], pool_bytes: int, count: int
-) -> Row:
-    whole = f"{count} of {len(subjects)} models" if count else "half a model"
-    name = f"store, a pool for {whole}"
-    if pool_bytes > spare_memory_bytes():
-        return Row(name, "ours", problem=f"no memory for a pool of {format_size(pool_bytes)}")
-    try:
-        with running_store(pool_bytes) as store:
-            through = [replace(one, socket=store.socket) for one in subjects]
-            return _play(bench, through, order, ways.OURS_STORE, name, store)
-    except (SllmError, ConfigError) as exc:
-        return Row(name, "ours", problem=str(exc))
+@dataclass
+class _Player:
+    """A row, and what it needs for one switch more.
 
+    Attributes:
+        row: Of all its switches.
+        way: How it loads.
+        subjects: The models.
+        store: What it loads through, or None.
+        warm: For each switch, how much of the model the store had.
+    """
 
-def _play(
-    bench: Bench,
-    subjects: Sequence[Subject],
-    order: Sequence[int],
-    way: Way,
-    name: str,
-    store: Store | None = None,
-) -> Row:
-    """Load one model after the other; one row of all switches."""
-    row = Row(name, way.kind, ways.version_of(way.package), way.problem(subjects[0]))
-    files = [path for one in subjects for path in one.shards]
-    warm = 0.0
-    for number, index in enumerate(order):
-        bench.note(f"switch {number + 1} of {len(order)}: {name}")
-        one = subjects[index]
-        if store is not None and not row.problem:
-            warm += store.warm_fraction(one.path.name, one.file_bytes)
+    row: Row
+    way: Way
+    subjects: Sequence[Subject]
+    store: Store | None = None
+    warm: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.row.version = ways.version_of(self.way.package)
+        self.row.problem = self.row.problem or self.way.problem(self.subjects[0])
+
+    def switch_to(self, bench: Bench, index: int) -> None:
+        """Load one of the models."""
+        one, run = self.subjects[index], partial(self.way.sample, self.subjects[index])
+        if self.store is not None:
+            if not self.row.problem:
+                self.warm.append(self.store.warm_fraction(one.path.name, one.file_bytes))
+            run = partial(self.store.with_its_work, run)
+        files = [path for subject in self.subjects for path in subject.shards]
         case = Case(
-            name,
-            way.kind,
-            partial(way.sample, one),
+            self.row.name,
+            self.way.kind,
+            run,
             partial(bench.cache.make_cold, files),
-            pretouch_bytes=one.file_bytes if store is None else 0,
+            pretouch_bytes=self.way.own_bytes(one, cached=False),
         )
-        bench.sample(case, row, one.file_bytes)
-    if store is not None:
-        row.note = f"{warm / len(order):.0%} of what was asked for was in the pool"
-    return row
+        bench.sample(case, self.row, one.file_bytes)
+
+    def sum_up(self) -> None:
+        """Say what a switch costs on average, and how much of it the pool saved."""
+        took = self.row.values("all_s")
+        if not took:
+            return
+        self.row.note = f"{format_seconds(statistics.mean(took))} a switch on average"
+        if self.store is not None:
+            had = statistics.mean(self.warm)
+            self.row.note += f", and {had:.0%} of what was asked for was in the pool"
+
+
+def _through_pool(
+    stack: ExitStack, subjects: Sequence[Subject], pool_bytes: int, count: int
+) -> _Player:
+    whole = f"{count} of {len(subjects)} models" if count else "half a model"
+    row = Row(f"store, a pool for {whole}", "ours")
+    if pool_bytes > spare_memory_bytes():
+        row.problem = f"no memory for a pool of {format_size(pool_bytes)}"
+        return _Player(row, ways.OURS_STORE, subjects)
+    try:
+        store = stack.enter_context(running_store(pool_bytes))
+    except (SllmError, ConfigError) as exc:
+        row.problem = str(exc)
+        return _Player(row, ways.OURS_STORE, subjects)
+    through = [replace(one, socket=store.socket) for one in subjects]
+    return _Player(row, ways.OURS_STORE, through, store)

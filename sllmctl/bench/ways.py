@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sllmctl import __version__, api
-from sllmctl.bench.measure import Held, Sample, measure_load, synchronize
+from sllmctl.bench.measure import Held, Sample, measure_load, reader_threads, synchronize
 from sllmctl.core.checkpoint import Checkpoint, open_checkpoint
 from sllmctl.core.devices import find_device
 from sllmctl.core.load import LoadOptions
@@ -70,6 +70,7 @@ class Way:
         file: A format of its own: a file in the scratch directory instead of the checkpoint.
         devices: Kinds that it loads to.
         lacks: Says why it cannot run, beyond that, or "".
+        maps: Which files it leaves in the page cache, instead of filling memory of its own.
     """
 
     name: str
@@ -80,6 +81,12 @@ class Way:
     file: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda", "npu")
     lacks: Callable[[Subject], str] = field(default=lambda _: "")
+    maps: Literal["none", "cached", "all"] = "none"
+
+    def own_bytes(self, subject: Subject, *, cached: bool) -> int:
+        """Memory to have at hand for a load: twice what it fills, for what it needs besides."""
+        mapped = self.maps == "all" or (self.maps == "cached" and cached)
+        return 0 if mapped or subject.device != "cpu" else 2 * subject.file_bytes
 
     def files(self, subject: Subject) -> list[Path]:
         """What it reads."""
@@ -112,7 +119,9 @@ def version_of(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ""
+        # vLLM's distribution for CPUs, for one, has another name than its package.
+        names = importlib.metadata.packages_distributions().get(package, [])
+        return importlib.metadata.version(names[0]) if names else ""
 
 
 # ---- ours --------------------------------------------------------------------------------------
@@ -234,11 +243,20 @@ def _refuse(_: Subject) -> Held:
     raise SllmError("this way does not run")
 
 
-OURS = Way("sllmctl", _ours, "ours")
+OURS = Way("sllmctl", _ours, "ours", maps="cached")
 OURS_COPY = Way("sllmctl --map never", partial(_ours, map_files="never"), "ours")
-OURS_STORE = Way("sllmctl through the store", _through_store, "ours")
-OURS_MODEL = Way("sllmctl load_model", _our_model, "ours", module="transformers", lacks=_no_config)
-SAFETENSORS = Way("safetensors", _safetensors, package="safetensors", module="safetensors")
+OURS_STORE = Way("sllmctl through the store", _through_store, "ours", maps="all")
+OURS_MODEL = Way(
+    "sllmctl load_model",
+    _our_model,
+    "ours",
+    module="transformers",
+    lacks=_no_config,
+    maps="cached",
+)
+SAFETENSORS = Way(
+    "safetensors", _safetensors, package="safetensors", module="safetensors", maps="all"
+)
 PREAD = Way(
     "safetensors pread",
     partial(_safetensors, backend="pread"),
@@ -253,7 +271,11 @@ CLONE = Way(
     module="safetensors",
 )
 TORCH_MMAP = Way(
-    "torch.load mmap", partial(_torch_load, mapped=True), package="torch", file=TORCH_FILE
+    "torch.load mmap",
+    partial(_torch_load, mapped=True),
+    package="torch",
+    file=TORCH_FILE,
+    maps="all",
 )
 TORCH = Way("torch.load", partial(_torch_load, mapped=False), package="torch", file=TORCH_FILE)
 FROM_PRETRAINED = Way(
@@ -262,6 +284,7 @@ FROM_PRETRAINED = Way(
     package="transformers",
     module="transformers",
     lacks=_no_config,
+    maps="all",
 )
 RUNAI = Way(
     "Run:ai streamer",
@@ -272,7 +295,11 @@ RUNAI = Way(
 )
 RUNAI_BUFFERED = Way(
     "Run:ai streamer, buffered",
-    partial(_runai, RUNAI_STREAMER_FS_STRATEGY="sync_buffered", RUNAI_STREAMER_CONCURRENCY="2"),
+    partial(
+        _runai,
+        RUNAI_STREAMER_FS_STRATEGY="sync_buffered",
+        RUNAI_STREAMER_CONCURRENCY=str(reader_threads()),
+    ),
     package="runai-model-streamer",
     module="runai_model_streamer",
     devices=("cpu", "cuda"),
@@ -331,40 +358,6 @@ PRIVATE_PEERS = (
 
 
 # ---- before the first sample -------------------------------------------------------------------
-
-
-def import_times(subject: Subject) -> dict[str, float]:
-    """Import what the ways need, in order, and time each beyond those before it, in seconds."""
-    modules = ["torch", "safetensors.torch", "transformers", *(way.module for way in PEERS)]
-    os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")  # read when it is imported
-    times: dict[str, float] = {}
-    for module in dict.fromkeys(modules):
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            continue
-        started = time.perf_counter()
-        try:
-            importlib.import_module(module)
-        except Exception as exc:  # a peer's import may fail in any way: its rows say how
-            raise SllmError(f"cannot import {module}: {exc}") from exc
-        times[module] = time.perf_counter() - started
-    if "transformers" in times and not _no_config(subject):
-        started = time.perf_counter()
-        _import_model_class(subject.path)
-        times["the model's class in transformers"] = time.perf_counter() - started
-    return times
-
-
-def _import_model_class(path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    hide: Callable[[], None] = logging.disable_progress_bar
-    hide()
-    try:
-        kind = type(AutoConfig.from_pretrained(path))
-        AutoModelForCausalLM._model_mapping.get(kind, None)
-    except Exception as exc:
-        log.debug("no model class for %s: %s", path, exc)
 
 
 def write_formats(subject: Subject, files: Sequence[str]) -> Sample:

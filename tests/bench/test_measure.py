@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sllmctl.bench import measure
 from sllmctl.bench.measure import Forked, Held, Sample, measure_load, read_every_byte, run_forked
-from sllmctl.bench.ownmemory import own_memory
 from sllmctl.errors import SllmError
 from tests.conftest import some_tensors
 
@@ -92,21 +92,53 @@ def test_peak_and_own_memory_are_those_of_the_load() -> None:
     assert pretouched.all_s is not None and pretouched.all_s > pretouched.ready_s
 
 
-def test_a_child_that_owns_its_memory_copies_no_page_of_its_parent_later() -> None:
+def test_a_child_owns_its_memory_and_copies_no_page_of_its_parent_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pages = 2000
     parents = memoryview(bytearray(4096 * pages))
 
-    def faults_of_writing(own: bool) -> Sample:
-        if own:
-            own_memory()
+    def faults_of_writing() -> Sample:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         parents[::4096] = b"x" * pages
         return Sample(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-    shared = run_forked(lambda: faults_of_writing(False), deadline_s=DEADLINE_S)
-    owned = run_forked(lambda: faults_of_writing(True), deadline_s=DEADLINE_S)
+    owned = run_forked(faults_of_writing, deadline_s=DEADLINE_S)
+    monkeypatch.setattr(measure, "own_memory", lambda: None)
+    shared = run_forked(faults_of_writing, deadline_s=DEADLINE_S)
     assert shared.ready_s > pages / 2
     assert owned.ready_s < pages / 20
+
+
+def test_children_of_a_child_end_with_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    def hang() -> Sample:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(600)
+        raise AssertionError
+
+    def lead() -> Sample:
+        with Forked(hang, leads=False) as one, Forked(hang, leads=False):
+            return one.result(time.monotonic() + 600)
+
+    with Forked(lead):
+        while not pids.exists() or pids.read_text().count("\n") < 2:
+            time.sleep(0.02)
+    for pid in map(int, pids.read_text().split()):
+        deadline = time.monotonic() + 10
+        while _runs(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_the_digest_depends_on_neither_order_nor_alignment() -> None:

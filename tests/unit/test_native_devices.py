@@ -280,3 +280,11 @@ def test_a_forked_child_may_not_use_devices_and_rings(shard: tuple[int, str, byt
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_backend_that_registers_no_memory_says_so(shard: tuple[int, str, bytes]) -> None:
+    with (
+        native.Device("cpu") as device,
+        pytest.raises(errors.NativeError, match="cpu registers no memory"),
+    ):
+        native.Registered(device, shard[0])
