@@ -292,8 +292,8 @@ typedef struct sllm_registered sllm_registered;
 
 /**
  * Map a file and register it with a device's runtime, so that jobs may copy from there without
- * reading it into a ring first. For files in memory, such as a store's segments; the kernel refuses
- * others. Nothing in this project registers by itself: whether it pays has to be measured.
+ * reading it into a ring first. For files in memory, such as a store's segments. No load registers
+ * by itself: whether it pays has to be measured.
  * @param device          Of a backend that can ("cuda"); kept. Serves all devices of the backend.
  * @param fd              Readable; may be closed afterwards. The file must keep its size.
  * @param registered_out  The caller ends it with sllm_registered_destroy().

@@ -51,7 +51,8 @@ static sllm_status read_chunk(sllmi_worker *worker, uint64_t index, char *target
     return status;
 }
 
-/* Read a chunk into a slot, or find it where its file is registered, and hand it to every device that wants some of it. */
+/* Read a chunk into a slot, or find it where its file is registered, and hand it to every device
+ * that wants some of it. */
 static sllm_status stage_chunk(sllmi_worker *worker, uint64_t index, sllm_error *err)
 {
     sllm_job *job = worker->job;

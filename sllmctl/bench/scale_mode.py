@@ -70,7 +70,12 @@ def _processes(bench: Bench, subject: Subject, scratch: Path) -> Iterator[Group]
                 ranked=False,
             )
             with ExitStack() as stack:
-                store = None if own or state == _FULL else _store(stack, nbytes)
+                store: Store | None = None
+                if not own and state == _EMPTY:
+                    try:
+                        store = stack.enter_context(running_store(pool_for(nbytes)))
+                    except SllmError as exc:
+                        group.problem = f"loads through a store: {exc}"
                 for count in counts:
                     chosen = models[:count] if own else models[:1] * count
                     subjects = [replace(subject, path=path) for path in chosen]
@@ -78,14 +83,6 @@ def _processes(bench: Bench, subject: Subject, scratch: Path) -> Iterator[Group]
                     if store is not None:
                         group.cases.append(_through(bench, store, subjects))
                 yield bench.measure(group)
-
-
-def _store(stack: ExitStack, nbytes: int) -> Store | None:
-    """A store for them all, where one can be had."""
-    try:
-        return stack.enter_context(running_store(pool_for(nbytes)))
-    except SllmError:
-        return None
 
 
 def _through(bench: Bench, store: Store, subjects: Sequence[Subject]) -> Case:

@@ -127,6 +127,8 @@ def _run(way: str, subject: Subject, store: Store | None) -> Sample:
         raise SllmError(why or f"exit code {done.returncode}")
     # Engines go on talking after it.
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    if not lines:
+        raise SllmError("it ended without a token")
     answer = json.loads(lines[-1].removeprefix(ANSWER))
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Sample(

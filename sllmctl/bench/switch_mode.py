@@ -128,9 +128,14 @@ class _Player:
     def switch_to(self, bench: Bench, index: int) -> None:
         """Load one of the models."""
         one, run = self.subjects[index], partial(self.way.sample, self.subjects[index])
+        if self.row.problem:
+            return
         if self.store is not None:
-            if not self.row.problem:
+            try:
                 self.warm.append(self.store.warm_fraction(one.path.name, one.file_bytes))
+            except SllmError as exc:
+                self.row.problem = str(exc)
+                return
             run = partial(self.store.with_its_work, run)
         files = [path for subject in self.subjects for path in subject.shards]
         case = Case(

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 from sllmctl._native import ffi, lib
 from sllmctl.native.calls import CLOSE_TIMEOUT_MS, call_aside, check, owned, wait_in_slices
 
 
-class Device:
+class _Owned:
+    """A handle of the library, given back when the last who uses it lets go."""
+
+    __slots__ = ("_out",)
+
+    _out: Any
+
+    @property
+    def _handle(self) -> Any:
+        return ffi.NULL if self._out is None else self._out[0]
+
+    def close(self) -> None:
+        """Give it back; a job that still uses it keeps it for as long."""
+        self._out = None
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+T = TypeVar("T", bound=_Owned)
+
+
+class Device(_Owned):
     """A device that loads copy to. It ends with the last ring and job that use it.
 
     Args:
@@ -21,7 +46,7 @@ class Device:
         DeviceError: The runtime refused it.
     """
 
-    __slots__ = ("_out", "kind", "ordinal")
+    __slots__ = ("kind", "ordinal")
 
     def __init__(self, kind: str, ordinal: int = 0) -> None:
         out, error = owned("sllm_device", lib.sllm_device_close), ffi.new("sllm_error *")
@@ -31,22 +56,8 @@ class Device:
         self.kind = kind
         self.ordinal = ordinal
 
-    @property
-    def _handle(self) -> Any:
-        return ffi.NULL if self._out is None else self._out[0]
 
-    def close(self) -> None:
-        """Give the device back; what still uses it keeps it for as long."""
-        self._out = None
-
-    def __enter__(self) -> Device:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Ring:
+class Ring(_Owned):
     """Staging slots between files and a device, pinned where the backend pins.
 
     One job at a time uses a ring, and one after the other may: pinning takes time. It ends with
@@ -62,7 +73,7 @@ class Ring:
         DeviceError: The runtime refused.
     """
 
-    __slots__ = ("_out", "count", "slot_bytes")
+    __slots__ = ("count", "slot_bytes")
 
     def __init__(self, device: Device, slot_bytes: int, count: int) -> None:
         out = owned("sllm_ring", lib.sllm_ring_destroy, slot_bytes * count)
@@ -77,22 +88,8 @@ class Ring:
         self.slot_bytes = slot_bytes
         self.count = count
 
-    @property
-    def _handle(self) -> Any:
-        return ffi.NULL if self._out is None else self._out[0]
 
-    def close(self) -> None:
-        """Give the memory back; a job that still uses it keeps it for as long."""
-        self._out = None
-
-    def __enter__(self) -> Ring:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Registered:
+class Registered(_Owned):
     """A file in memory that devices may copy from where it is mapped, past any ring.
 
     It ends with the last job that uses it. For measuring: no load makes one by itself.
@@ -106,7 +103,7 @@ class Registered:
         DeviceError: The runtime refused.
     """
 
-    __slots__ = ("_out",)
+    __slots__ = ()
 
     def __init__(self, device: Device, fd: int) -> None:
         out = owned("sllm_registered", lib.sllm_registered_destroy)
@@ -118,20 +115,6 @@ class Registered:
 
         check(call_aside(create), error)
         self._out = out
-
-    @property
-    def _handle(self) -> Any:
-        return ffi.NULL if self._out is None else self._out[0]
-
-    def close(self) -> None:
-        """Unregister it; a job that still uses it keeps it for as long."""
-        self._out = None
-
-    def __enter__(self) -> Registered:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Gather:
