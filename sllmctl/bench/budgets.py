@@ -84,10 +84,9 @@ def _disk(groups: Sequence[Group]) -> Iterator[Budget]:
         _median(groups, load.CACHED, way.name) for way in (ways.OURS, ways.SAFETENSORS)
     )
     yield _time("page cache full: ready, of safetensors' time", ready, reference, 0.5)
-    every, reference = (
-        _median(groups, load.CACHED, way.name, "all_s") for way in (ways.OURS, ways.SAFETENSORS)
-    )
-    yield _time("page cache full: every byte read, of safetensors' time", every, reference, 0.6)
+    every = _median(groups, load.CACHED, ways.OURS.name, "all_s")
+    memory = _median(groups, load.CACHED, load.READ)
+    yield _time("page cache full: every byte read, of a plain read of memory", every, memory, 1.3)
     for what, figure in (("ready", "ready_s"), ("every byte read", "all_s")):
         ours = _median(groups, load.CACHED, ways.OURS.name, figure)
         fastest = _least(_medians(groups, load.CACHED, peers, figure))

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -39,12 +38,13 @@ class DeviceSpec:
         Raises:
             ConfigError: The text names no device.
         """
-        match = re.fullmatch(r"([a-z]+)(?::(\d{1,4}))?", text.strip())
-        if match is None or match[1] not in KINDS or (match[1] == "cpu" and int(match[2] or 0)):
+        kind, colon, number = text.strip().partition(":")
+        ordinal = int(number) if number.isdecimal() and number.isascii() else -bool(colon)
+        if kind not in KINDS or not 0 <= ordinal < 10_000 or (kind == "cpu" and ordinal):
             raise ConfigError(
                 f"`{text}` is not a device", hint="write it like npu:0, cuda:1 or cpu"
             )
-        return cls(match[1], int(match[2] or 0))
+        return cls(kind, ordinal)
 
     def __str__(self) -> str:
         return self.kind if self.kind == "cpu" else f"{self.kind}:{self.ordinal}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ from sllmctl.core.load import load as load_checkpoint
 from sllmctl.core.placement import DeviceMap
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.stream import stream
-from sllmctl.errors import CheckpointNotFound, ConfigError, StoreError, StoreUnreachable
+from sllmctl.errors import CheckpointNotFound, ConfigError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.load import load_named, load_named_to_devices, load_through_store
 from sllmctl.store.named import NamedModel
@@ -55,17 +54,17 @@ def prepare_load(
     devices = DeviceMap.parse(device_map)  # imports torch_npu where one is an NPU
     options = options or LoadOptions.choose()
     started = time.perf_counter()
-    named = client = None
+    named = None
     with ExitStack() as failed:
-        try:
-            checkpoint = open_checkpoint(resolve_model(model, storage_path))
-            client = _connect(store, socket)
-        except CheckpointNotFound as exc:
-            named = _find_in_store(model, store, socket, exc)
-            checkpoint, client = named.checkpoint, named.client
-            failed.callback(named.close)
+        client = _connect(store, socket)  # its greeting comes while the checkpoint is opened
         if client is not None:
             failed.callback(client.close)
+        try:
+            checkpoint = open_checkpoint(resolve_model(model, storage_path))
+        except CheckpointNotFound as exc:
+            named = _find_in_store(model, client, exc)
+            checkpoint = named.checkpoint
+            failed.callback(named.close)
         label = label or (model if isinstance(model, str) else str(checkpoint.path))
         opened = time.perf_counter()
         placement = devices.place(checkpoint)
@@ -99,14 +98,20 @@ def prepare_stream(
     """Open a checkpoint to walk through. Args and errors: as ``api.stream_tensors``."""
     spec = find_device(device)
     options = LoadOptions.choose()
-    try:
-        checkpoint = open_checkpoint(resolve_model(model, storage_path))
+    with ExitStack() as failed:
         client = _connect(store, None)
-    except CheckpointNotFound as exc:
-        if spec.kind != "cpu":
-            raise
-        named = _find_in_store(model, store, None, exc)
-        return iter(load_named(named, options).tensors.items())
+        if client is not None:
+            failed.callback(client.close)
+        try:
+            checkpoint = open_checkpoint(resolve_model(model, storage_path))
+        except CheckpointNotFound as exc:
+            if spec.kind != "cpu":
+                raise
+            named = _find_in_store(model, client, exc)
+            tensors = load_named(named, options).tensors
+            failed.pop_all()  # their lease is the client's
+            return iter(tensors.items())
+        failed.pop_all()
     if client is None:
         if spec.kind == "cpu":
             return stream(checkpoint, options)
@@ -120,27 +125,21 @@ def prepare_stream(
 
 
 def _find_in_store(
-    model: Model, store: StoreUse, socket: Path | None, missing: CheckpointNotFound
+    model: Model, client: StoreClient | None, missing: CheckpointNotFound
 ) -> NamedModel:
     """What a store has of a model by this name, whose weights are not here.
 
     Raises:
         CheckpointNotFound: None answers, or it has no such model.
     """
-    if isinstance(model, os.PathLike) or looks_like_path(model):
-        raise missing
-    client = _connect(store, socket)
-    if client is None:
+    if client is None or isinstance(model, os.PathLike) or looks_like_path(model):
         raise missing
     try:
         return NamedModel(client, model)
-    except BaseException as exc:
-        client.close()
-        if isinstance(exc, StoreError):
-            raise CheckpointNotFound(
-                f"{missing}, and the store has none: {exc}", hint=missing.hint
-            ) from exc
-        raise
+    except StoreError as exc:
+        raise CheckpointNotFound(
+            f"{missing}, and the store has none: {exc}", hint=missing.hint
+        ) from exc
 
 
 def _load_to_host(
@@ -192,7 +191,5 @@ def _connect(store: StoreUse, socket: Path | None) -> StoreClient | None:
     except StoreError as exc:
         if store == "require":
             raise
-        nobody = isinstance(exc, StoreUnreachable) and exc.errno != errno.ETIMEDOUT
-        level = logging.DEBUG if nobody else logging.WARNING
-        log.log(level, "no store is used: %s", exc)
+        log.debug("no store is used: %s", exc)
         return None

@@ -35,19 +35,21 @@ _SLICE_MS = 200
 class StoreClient:
     """A connection to a store, and the lease that lives as long as it.
 
+    The store's greeting is awaited with the first answer: a load sends its attach right behind.
+
+    Attributes:
+        segment_bytes: Of the store's segments; 0 until its first answer.
+
     Raises:
-        StoreUnreachable: Nobody answers at the socket.
-        StoreError: The store refuses.
+        StoreUnreachable: Nobody listens at the socket.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._decoder = Decoder()
         self._waiting: deque[tuple[Message, list[int]]] = deque()
+        self.segment_bytes = 0
         self._sock = _connect(client_sockets(path))
-        self.hello = self.ask(
-            {"op": "hello", "version": VERSION, "sllmctl": __version__}, HELLO_DEADLINE_S
-        )
-        self.segment_bytes = _segment_bytes(self.hello)
+        self.send({"op": "hello", "version": VERSION, "sllmctl": __version__})
 
     def ask(self, message: Message, deadline_s: float = ANSWER_DEADLINE_S) -> Message:
         """Send a request, and wait for its answer.
@@ -64,7 +66,8 @@ class StoreClient:
         """Send a request. At most 250 descriptors.
 
         Raises:
-            StoreUnreachable: The store is gone.
+            StoreError: The store has refused one before, and hung up.
+            StoreUnreachable: It is gone.
         """
         line = encode({**message, "fds": len(fds)} if fds else message)
         try:
@@ -72,6 +75,10 @@ class StoreClient:
             if sent < len(line):  # nothing left to send must not notice that we were refused
                 self._sock.sendall(line[sent:])
         except OSError as exc:
+            if isinstance(exc, ConnectionError):  # it has hung up: what it said before is there
+                with suppress(StoreUnreachable):
+                    while True:
+                        close_fds(self.receive()[1])
             self.close()
             raise StoreUnreachable(f"the store is gone: {exc.strerror or exc}") from exc
 
@@ -85,9 +92,16 @@ class StoreClient:
         """The next message, and its descriptors, which are the caller's.
 
         Raises:
-            StoreError: The store refuses a request.
-            StoreUnreachable: It is gone, or says nothing for the deadline: ``errno.ETIMEDOUT``.
+            StoreError: The store refuses a request, or is none of sllmctl.
+            StoreUnreachable: It is gone, or says nothing for the deadline.
         """
+        if not self.segment_bytes:
+            hello, fds = self._receive(HELLO_DEADLINE_S)
+            close_fds(fds)
+            self.segment_bytes = _segment_bytes(hello)
+        return self._receive(deadline_s)
+
+    def _receive(self, deadline_s: float) -> tuple[Message, list[int]]:
         deadline = time.monotonic() + deadline_s
         poll = select.poll()  # select.select() takes no descriptor above 1023
         try:
@@ -95,12 +109,10 @@ class StoreClient:
                 poll.register(self._sock, select.POLLIN)
             while not self._waiting:
                 if time.monotonic() > deadline:
-                    late = StoreUnreachable(
+                    raise StoreUnreachable(
                         f"the store has said nothing for {deadline_s:.0f} s",
                         hint="its process may be stopped, or its machine overloaded",
                     )
-                    late.errno = errno.ETIMEDOUT
-                    raise late
                 if poll.poll(_SLICE_MS):
                     data, fds = receive(self._sock)
                     if not data:

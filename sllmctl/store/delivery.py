@@ -17,6 +17,25 @@ from sllmctl.store.residency import Piece
 log = logging.getLogger(__name__)
 
 
+def attach(
+    client: StoreClient, shards: Sequence[Shard], fds: Sequence[int], label: str
+) -> Delivery:
+    """Hand a checkpoint's open files to a store, and lease what it has or gets of them.
+
+    Args:
+        client: A connection for this alone.
+        shards: The checkpoint's.
+        fds: Theirs, open.
+        label: How the store shows the checkpoint.
+
+    Raises:
+        StoreError: The store refuses.
+    """
+    client.send_shards([shard.path.name for shard in shards], fds)
+    attached = client.ask({"op": "attach", "label": label})
+    return Delivery(client, attached, [shard.size for shard in shards])
+
+
 class Delivery:
     """The parts of a model as they come from a store.
 

@@ -22,7 +22,7 @@ from sllmctl.core.progress import ProgressFn
 from sllmctl.core.tensors import TensorBuilder
 from sllmctl.native import PAGE_BYTES, Extent, Job, Memory
 from sllmctl.store.client import StoreClient
-from sllmctl.store.delivery import Delivery
+from sllmctl.store.delivery import Delivery, attach
 from sllmctl.store.named import NamedModel
 from sllmctl.store.protocol import close_fds
 from sllmctl.store.residency import Piece
@@ -51,9 +51,7 @@ def load_through_store(
     with ExitStack() as stack:
         fds = [open_shard(shard, stack) for shard in shards]
         stamps = [stamp_of(fd) for fd in fds]
-        client.send_shards([shard.path.name for shard in shards], fds)
-        attached = client.ask({"op": "attach", "label": label})
-        delivery = Delivery(client, attached, [shard.size for shard in shards])
+        delivery = attach(client, shards, fds, label)
         opened_s = time.perf_counter() - started
 
         def place(memories: Sequence[Memory]) -> None:

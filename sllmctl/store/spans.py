@@ -13,7 +13,7 @@ from sllmctl.core.load import LoadStats
 from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import StoreError
 from sllmctl.store.client import StoreClient
-from sllmctl.store.delivery import Delivery
+from sllmctl.store.delivery import attach
 from sllmctl.store.protocol import close_fds
 from sllmctl.store.residency import Piece
 
@@ -42,9 +42,7 @@ class StoreSpans:
         self._client = client
         self._shards = checkpoint.shards
         self._fds = fds
-        client.send_shards([shard.path.name for shard in self._shards], fds)
-        attached = client.ask({"op": "attach", "label": label})
-        self.delivery = Delivery(client, attached, [shard.size for shard in self._shards])
+        self.delivery = attach(client, self._shards, fds, label)
         self._coming = self.delivery.parts()
         self._settled = False
         self._held: dict[Piece, int] = {}

@@ -10,7 +10,7 @@ from sllmctl.core.stream import Views
 from sllmctl.errors import StoreError
 from sllmctl.native import Memory
 from sllmctl.store.client import StoreClient
-from sllmctl.store.delivery import Delivery
+from sllmctl.store.delivery import attach
 from sllmctl.store.load import place_parts
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,7 @@ class StoreViews:
         self, client: StoreClient, checkpoint: Checkpoint, fds: Sequence[int], label: str
     ) -> None:
         shards = checkpoint.shards
-        client.send_shards([shard.path.name for shard in shards], fds)
-        attached = client.ask({"op": "attach", "label": label})
-        self._delivery = Delivery(client, attached, [shard.size for shard in shards])
+        self._delivery = attach(client, shards, fds, label)
         self._parts = self._delivery.parts()
         self._memories = [Memory.create(shard.size, lease=client) for shard in shards]
         self._settled = False

@@ -81,6 +81,19 @@ def test_a_load_that_requires_a_store_refuses_one_whose_hello_makes_no_sense(
         api.load(tiny_checkpoint, store="require", socket=path)
 
 
+def test_a_store_that_refused_and_hung_up_is_heard_by_who_sends_to_it(tmp_path: Path) -> None:
+    refusal = {"event": "error", "message": "this store speaks version 2 of the protocol"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+        with StoreClient(tmp_path / "s") as client:
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(encode(refusal))
+            with pytest.raises(StoreError, match="speaks version 2"):
+                client.ask({"op": "status"})
+
+
 def test_a_load_does_without_a_store_that_says_nothing_and_tells_why_it_waited(
     answer: Answer,
     tiny_checkpoint: Path,
@@ -91,7 +104,7 @@ def test_a_load_does_without_a_store_that_says_nothing_and_tells_why_it_waited(
     monkeypatch.setattr("sllmctl.store.client.HELLO_DEADLINE_S", 0.2)
     path = answer([])
     assert api.load(tiny_checkpoint, store="auto", socket=path).tensors
-    assert "no store is used: the store has said nothing for 0 s" in caplog.text
+    assert "(the store has said nothing for 0 s); it goes to disk" in caplog.text
 
 
 @pytest.mark.parametrize("nonsense", [{}, {"event": "status"}, {"bytes": "x", "warm_bytes": 1}])
@@ -106,7 +119,7 @@ def test_an_answer_that_makes_no_sense_is_an_error_of_the_stores(
 
 
 def test_a_client_whose_descriptor_is_above_1023_is_answered(answer: Answer) -> None:
-    path = answer(HELLO)
+    path = answer([HELLO, {}])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2048:
         pytest.skip("this process may not have so many descriptors")
@@ -116,6 +129,7 @@ def test_a_client_whose_descriptor_is_above_1023_is_answered(answer: Answer) -> 
         while not held or held[-1] < 1024:
             held.append(os.dup(0))
         with StoreClient(path) as client:
+            client.receive()
             assert client.segment_bytes == HELLO["segment_bytes"]
     finally:
         close_fds(held)
