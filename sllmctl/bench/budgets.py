@@ -85,7 +85,7 @@ def _disk(groups: Sequence[Group]) -> Iterator[Budget]:
     )
     yield _time("page cache full: ready, of safetensors' time", ready, reference, 0.5)
     every = _median(groups, load.CACHED, ways.OURS.name, "all_s")
-    memory = _median(groups, load.CACHED, load.READ)
+    memory = _median(groups, load.CACHED, load.READ, "all_s")
     yield _time("page cache full: every byte read, of a plain read of memory", every, memory, 1.3)
     for what, figure in (("ready", "ready_s"), ("every byte read", "all_s")):
         ours = _median(groups, load.CACHED, ways.OURS.name, figure)

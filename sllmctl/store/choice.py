@@ -62,7 +62,7 @@ def prepare_load(
         try:
             checkpoint = open_checkpoint(resolve_model(model, storage_path))
         except CheckpointNotFound as exc:
-            named = _find_in_store(model, client, exc)
+            named = _find_in_store(model, store, client, exc)
             checkpoint = named.checkpoint
             failed.callback(named.close)
         label = label or (model if isinstance(model, str) else str(checkpoint.path))
@@ -107,7 +107,7 @@ def prepare_stream(
         except CheckpointNotFound as exc:
             if spec.kind != "cpu":
                 raise
-            named = _find_in_store(model, client, exc)
+            named = _find_in_store(model, store, client, exc)
             tensors = load_named(named, options).tensors
             failed.pop_all()  # their lease is the client's
             return iter(tensors.items())
@@ -125,18 +125,24 @@ def prepare_stream(
 
 
 def _find_in_store(
-    model: Model, client: StoreClient | None, missing: CheckpointNotFound
+    model: Model, store: StoreUse, client: StoreClient | None, missing: CheckpointNotFound
 ) -> NamedModel:
     """What a store has of a model by this name, whose weights are not here.
 
     Raises:
         CheckpointNotFound: None answers, or it has no such model.
+        StoreError: It is required, and what answers is silent, or of another version.
     """
     if client is None or isinstance(model, os.PathLike) or looks_like_path(model):
         raise missing
     try:
         return NamedModel(client, model)
     except StoreError as exc:
+        if not client.segment_bytes:  # it has not even said hello
+            if store == "require":
+                raise
+            log.warning("no store is used: %s", exc)
+            raise missing from exc
         raise CheckpointNotFound(
             f"{missing}, and the store has none: {exc}", hint=missing.hint
         ) from exc

@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class StoreClient:
 
     Attributes:
         segment_bytes: Of the store's segments; 0 until its first answer.
+        watch: Called every 0.2 s of a wait, which it ends by raising.
 
     Raises:
         StoreUnreachable: Nobody listens at the socket.
@@ -48,6 +49,7 @@ class StoreClient:
         self._decoder = Decoder()
         self._waiting: deque[tuple[Message, list[int]]] = deque()
         self.segment_bytes = 0
+        self.watch: Callable[[], None] | None = None
         self._sock = _connect(client_sockets(path))
         self.send({"op": "hello", "version": VERSION, "sllmctl": __version__})
 
@@ -118,6 +120,8 @@ class StoreClient:
                     if not data:
                         raise StoreUnreachable("the store has closed the connection")
                     self._waiting.extend(self._decoder.feed(data, fds))
+                elif self.watch is not None:
+                    self.watch()
         except (OSError, ValueError) as exc:
             self.close()
             if isinstance(exc, StoreUnreachable):

@@ -11,7 +11,7 @@ from sllmctl.core.load import LoadStats
 from sllmctl.errors import StoreError
 from sllmctl.native import PAGE_BYTES
 from sllmctl.store.client import StoreClient
-from sllmctl.store.protocol import Message, close_fds
+from sllmctl.store.protocol import MAX_PARTS, Message, close_fds
 from sllmctl.store.residency import Piece
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,11 @@ class Delivery:
         self.reason: str | None = None
         try:
             self._coming = {(int(shard), int(index)) for shard, index in attached["coming"]}
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
             raise StoreError("the store's answer is invalid") from exc
+        parts = sum(-(-size // self.segment_bytes) for size in sizes)
+        if parts > MAX_PARTS or any(size < 0 for size in sizes):
+            raise StoreError(f"the store's answer is invalid: of more than {MAX_PARTS} parts")
 
     def pieces(self) -> Iterator[Piece]:
         """Every part, in file order."""
@@ -103,7 +106,7 @@ class Delivery:
                     raise
                 self.got.update(came)
                 yield came
-        except (StoreError, KeyError, TypeError, ValueError) as exc:
+        except (StoreError, KeyError, TypeError, ValueError, ArithmeticError) as exc:
             log.warning("the store went away during the load (%s); the rest comes from disk", exc)
             self._client.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,8 @@ def fill(work: Filling, full: Full, stopped: Callable[[], bool]) -> Outcome:
     Returns:
         What came of it.
     """
-    chunk_bytes = min(CHUNK_BYTES, work.segment_bytes)
+    # Chunks end at multiples of their size in the file: parts must begin at such, to be counted.
+    chunk_bytes = math.gcd(CHUNK_BYTES, work.segment_bytes)
     extents = [
         Extent(shard, index * work.segment_bytes, nbytes, segment.address)
         for (shard, index), segment, nbytes in work.parts

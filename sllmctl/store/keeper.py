@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from sllmctl.core.units import format_size
@@ -21,7 +20,7 @@ from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_
 
 log = logging.getLogger(__name__)
 _FILLERS = 16
-
+_END_S = 5.0
 
 LOAD_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 
@@ -70,9 +69,7 @@ class Keeper:
     threads: int = 0
     models: dict[Identity, StoredModel] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
-    _fillers: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(_FILLERS, "sllm-fill")
-    )
+    _turns: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_FILLERS))
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def attach(
@@ -107,10 +104,11 @@ class Keeper:
             model = StoredModel(files.identity, files.name, files.shards, self.pool.segment_bytes)
             self.models[files.identity] = model
         if files.named:
-            for other in self.models.values():
+            for other in list(self.models.values()):
                 if other is not model and other.named and other.name == files.name:
                     # The checkpoint was replaced: its pin goes with its name.
                     other.named = other.pinned = False
+                    self._forget_if_empty(other)
             model.name, model.named = files.name, True
         lease = self.lease(model, pid=pid, arrived=arrived, settled=settled)
         try:
@@ -180,9 +178,11 @@ class Keeper:
         self._forget_if_empty(model)
 
     def close(self) -> None:
-        """Stop filling, and wait for those who fill."""
+        """Stop filling, and wait for those who fill, but not for a disk that does not answer."""
         self._stopping.set()
-        self._fillers.shutdown(wait=True)
+        deadline = time.monotonic() + _END_S
+        for _ in range(_FILLERS):
+            self._turns.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
     def _forget_if_empty(self, model: StoredModel) -> None:
         if model.mixed and not (model.leases or model.filling):
@@ -223,13 +223,21 @@ class Keeper:
 
             def run() -> None:
                 try:
-                    outcome = fill(work, full, self._stopping.is_set)
+                    with self._turns:
+                        outcome = fill(work, full, self._stopping.is_set)
                 except Exception as exc:
                     log.exception("filling `%s` failed", model.name)
                     outcome = Outcome(f"{type(exc).__name__}: {exc}", stuck=lambda: False)
                 self.call_soon(lambda: self._settled(model, outcome))
 
-            self._fillers.submit(run)
+            try:
+                # No executor's, which keeps work that it found no thread for, and does it later.
+                threading.Thread(target=run, name="sllm-fill", daemon=True).start()
+            except RuntimeError as exc:
+                raise StoreError(
+                    f"`{model.name}` cannot be read: {exc}",
+                    hint="raise the limit of processes (`ulimit -u`, a container's pids limit)",
+                ) from exc
         except BaseException:
             for fd in own:
                 os.close(fd)

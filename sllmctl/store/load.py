@@ -48,19 +48,26 @@ def load_through_store(
     """
     started = time.perf_counter()
     shards = checkpoint.shards
+    done, total = 0, sum(shard.size for shard in shards)
+
+    def watch() -> None:
+        if progress is not None:
+            progress("read", done, total)
+
     with ExitStack() as stack:
+        client.watch = watch
+        stack.callback(setattr, client, "watch", None)
         fds = [open_shard(shard, stack) for shard in shards]
         stamps = [stamp_of(fd) for fd in fds]
         delivery = attach(client, shards, fds, label)
         opened_s = time.perf_counter() - started
 
         def place(memories: Sequence[Memory]) -> None:
-            done, total = 0, sum(shard.size for shard in shards)
+            nonlocal done
             for parts in delivery.parts():
                 place_parts(memories, parts, delivery)
                 done += sum(map(delivery.nbytes, parts))
-                if progress is not None:
-                    progress("read", done, total)
+                watch()
 
         loaded = _load(checkpoint, options, client, delivery, fds, place, progress)
         for shard, fd, stamp in zip(shards, fds, stamps, strict=True):

@@ -125,7 +125,7 @@ def evict(name: str | None = None, *, socket: Path | None = None) -> Evicted:
 def _understood(what: str) -> Iterator[None]:
     try:
         yield
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
         raise StoreError(
             f"the store's {what} is invalid",
             hint="`sllmctl doctor` says whether it is of another release",

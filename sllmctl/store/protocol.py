@@ -22,6 +22,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 MAX_FDS = 250
 """Descriptors of one message: the kernel takes 253."""
 MAX_SHARDS = 4096
+MAX_NAME = 4096
+"""Characters of a model's name, or of a client's label."""
 MAX_PARTS = 65536
 """Of one model: a list of them all fits into a message."""
 FILES_CHANGED = "the files changed while they were read"

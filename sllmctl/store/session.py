@@ -14,7 +14,7 @@ from sllmctl import __version__
 from sllmctl.errors import CheckpointNotFound, SllmError, StoreError
 from sllmctl.store.connection import Connection
 from sllmctl.store.files import ModelFiles, open_named, take_files
-from sllmctl.store.protocol import MAX_FDS, MAX_SHARDS, VERSION, Message, close_fds
+from sllmctl.store.protocol import MAX_FDS, MAX_NAME, MAX_SHARDS, VERSION, Message, close_fds
 from sllmctl.store.residency import Lease, Piece, StoredModel
 from sllmctl.store.service import Service
 
@@ -137,7 +137,7 @@ class Session:
             self._use_name(message, hand_out=True)
             return
         label = message.get("label")
-        if not isinstance(label, str) or len(label) > 4096:
+        if not isinstance(label, str) or len(label) > MAX_NAME:
             raise StoreError("an attach without a label")
         if self._lease is not None or not self._fds or len(self._fds) != len(self._names):
             raise StoreError("one attach a connection, after its shards")
@@ -152,7 +152,12 @@ class Session:
     def _use_name(self, message: Message, *, hand_out: bool) -> None:
         self._service.require_trusted(self._connection.uid)
         name = message.get("name")
-        if not isinstance(name, str) or self._lease is not None or self._fds:
+        if (
+            not isinstance(name, str)
+            or len(name) > MAX_NAME
+            or self._lease is not None
+            or self._fds
+        ):
             raise StoreError("one attach or warm a connection, of a model's name")
         storage = self._service.settings.storage
 
@@ -280,6 +285,8 @@ class Session:
     def _evict(self, message: Message) -> None:
         self._service.require_trusted(self._connection.uid)
         name = message.get("name")
+        if isinstance(name, str) and len(name) > MAX_NAME:
+            raise StoreError(f"a name of more than {MAX_NAME} characters")
         models = [model for model in self._keeper.models.values() if name in (None, model.name)]
         if name is not None and not models:
             raise StoreError(f"the store holds no `{name}`", hint="see `sllmctl status`")

@@ -126,7 +126,15 @@ def fill_through_store(
         progress: Told of the bytes.
     """
 
+    done = 0
+
+    def watch() -> None:
+        if progress is not None:
+            progress("read", done, load.nbytes)
+
     def fill(fds: Sequence[int], stats: LoadStats) -> None:
+        nonlocal done
+        client.watch = watch  # its lease, and the client, end with the fill
         try:
             parts = StoreSpans(client, checkpoint, fds, label)
         except StoreError as exc:
@@ -136,7 +144,6 @@ def fill_through_store(
             log.warning("the store cannot serve this load (%s); it goes to disk", exc)
             otherwise(fds, stats)
             return
-        done = 0
         with closing(parts):
             for spans in parts.arrivals():
                 now = load.read(spans, report(progress, load.nbytes, done))

@@ -95,6 +95,17 @@ def test_the_fastest_peer_counts_whatever_its_name(make_group: Callable[..., Gro
     assert ways.PEERS[-1].name in every.figures
 
 
+def test_bytes_from_the_page_cache_are_held_against_a_read_that_is_ready_at_once() -> None:
+    cases = [
+        Case(load_mode.READ, "limit", lambda: Sample(0.0, 0.1)),
+        Case(ways.OURS.name, "ours", lambda: Sample(0.01, 0.12)),
+    ]
+    group = bench(1).measure(Group(load_mode.CACHED, "?", "all_s", cases))
+    (every,) = [b for b in budgets([group], tensors=1, segments=1) if "plain read" in b.text]
+    assert every.value == pytest.approx(1.2)
+    assert every.met is True
+
+
 def test_what_was_not_measured_has_no_budget(make_group: Callable[..., Group]) -> None:
     assert budgets([], tensors=1, segments=1) == []
     group = make_group({load_mode.RAW: [], ways.OURS.name: [1.0]}, title=load_mode.COLD)

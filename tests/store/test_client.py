@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from sllmctl import api
-from sllmctl.errors import CheckpointError, StoreError
+from sllmctl.core.background import Loading
+from sllmctl.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    NativeError,
+    StoreError,
+    StoreUnreachable,
+)
 from sllmctl.store import manage
 from sllmctl.store.client import StoreClient
 from sllmctl.store.named import NamedModel
@@ -105,6 +112,57 @@ def test_a_load_does_without_a_store_that_says_nothing_and_tells_why_it_waited(
     path = answer([])
     assert api.load(tiny_checkpoint, store="auto", socket=path).tensors
     assert "(the store has said nothing for 0 s); it goes to disk" in caplog.text
+
+
+def test_a_silent_store_is_no_store_without_the_model(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sllmctl.store.client.HELLO_DEADLINE_S", 0.2)
+    path = answer([])
+    with pytest.raises(StoreUnreachable, match="said nothing"):
+        api.load("org/m", storage_path=tmp_path, store="require", socket=path)
+
+
+def test_a_model_that_is_not_here_is_not_found_whatever_a_silent_store_may_have(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sllmctl.store.client.HELLO_DEADLINE_S", 0.2)
+    path = answer([])
+    with pytest.raises(CheckpointNotFound) as missing:
+        api.load("org/m", storage_path=tmp_path, store="auto", socket=path)
+    assert "the store has none" not in str(missing.value)
+
+
+def test_a_load_that_is_cancelled_does_not_wait_for_a_silent_store(
+    answer: Answer, tiny_checkpoint: Path
+) -> None:
+    path = answer([])
+    with Loading(
+        lambda watch: api.load(tiny_checkpoint, store="require", socket=path, progress=watch), None
+    ) as loading:
+        loading.cancel()
+        with pytest.raises(NativeError, match="cancelled"):
+            loading.wait()
+
+
+@pytest.mark.parametrize("figures", [{"disk_bytes": 1e999}, {"disk_bytes": -5, "cache_bytes": 5}])
+def test_a_store_whose_figures_make_no_sense_costs_no_load(
+    answer: Answer, tiny_checkpoint: Path, figures: dict[str, Any]
+) -> None:
+    attached = {"event": "attached", "shards": 1, "coming": []}
+    settled = {"event": "settled", "reason": None, **figures}
+    path = answer(HELLO, [], [attached, settled])
+    assert api.load(tiny_checkpoint, store="require", socket=path).tensors
+
+
+def test_a_store_that_lists_files_of_endless_parts_is_refused(answer: Answer) -> None:
+    attached = {"event": "attached", "shards": 1, "coming": []}
+    files = {"event": "files", "names": ["m.safetensors"], "sizes": [10**18]}
+    with (
+        StoreClient(answer(HELLO, [attached, files])) as client,
+        pytest.raises(StoreError, match="more than 65536 parts"),
+    ):
+        NamedModel(client, "m")
 
 
 @pytest.mark.parametrize("nonsense", [{}, {"event": "status"}, {"bytes": "x", "warm_bytes": 1}])

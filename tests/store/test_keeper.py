@@ -16,11 +16,12 @@ import pytest
 from sllmctl.errors import ReadError, StoreError
 from sllmctl.native import Job, Progress
 from sllmctl.store.files import ModelFiles, take_files
+from sllmctl.store.filler import Filling, fill
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.lookups import Lookups
 from sllmctl.store.pool import Pool
 from sllmctl.store.protocol import MAX_MESSAGE_BYTES, MAX_PARTS, MAX_SHARDS, encode
-from sllmctl.store.residency import Lease
+from sllmctl.store.residency import Lease, StoredModel
 from sllmctl.store.service import Service, Settings
 
 SEGMENT = 2 * 2**20
@@ -220,6 +221,65 @@ def test_a_store_without_descriptors_left_refuses_and_forgets(
     assert keeper.models == {}
     assert keeper.pool.available() == 1
     keeper.close()
+
+
+def test_a_store_without_threads_left_refuses_and_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(SEGMENT))
+    held = Held()
+    keeper = Keeper(Pool(SEGMENT, SEGMENT), held.call_soon)
+
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", none_left)
+        with pytest.raises(StoreError, match="can't start new thread"):
+            attach(keeper, path)
+    assert keeper.models == {}
+    assert keeper.pool.available() == 1
+    lease = attach(keeper, path)  # and nothing of the first is done late
+    while lease.model.filling:
+        held.deliver()
+    assert len(lease.model.warm) == 1
+    assert held.messages == []
+    keeper.close()
+
+
+@pytest.mark.parametrize("mib", [2, 6, 8, 10, 14, 24])
+def test_a_part_of_any_size_is_full_when_all_its_chunks_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mib: int
+) -> None:
+    """Chunks that parts do not count shift all later ones: parts are said to be full too early."""
+    path = tmp_path / "model"
+    path.write_bytes(os.urandom(2 * mib * 2**20 + 5 * 2**20 + 1))
+    counts: list[int] = []
+    chunks_done = Job.chunks_done
+
+    def counted(job: Job, first: int, count: int) -> bytes:
+        counts.append(count)
+        return chunks_done(job, first, count)
+
+    monkeypatch.setattr(Job, "chunks_done", counted)
+    pool = Pool(10 * mib * 2**20, mib * 2**20)
+    ends: list[int] = []
+    files = files_of(path)
+    model = StoredModel(files.identity, files.name, files.shards, pool.segment_bytes)
+    parts = [
+        (piece, segment, model.piece_bytes(piece))
+        for piece, segment in zip(model.pieces(), pool.obtain(10), strict=False)
+    ]
+    work = Filling([(files.fds[0], "model")], model.identity, parts, pool.segment_bytes, 0)
+    outcome = fill(work, lambda _, now: ends.append(now.chunks_done), lambda: False)
+    assert outcome.reason is None
+    assert set(counts) == {ends[-1]}
+    data = path.read_bytes()
+    for (_, index), segment, nbytes in parts:
+        at = index * mib * 2**20
+        with os.fdopen(segment.reader(), "rb") as reader:
+            assert reader.read(nbytes) == data[at : at + nbytes]
 
 
 def test_a_model_of_too_many_parts_is_refused_before_anything_is_done_for_it(
