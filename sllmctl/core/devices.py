@@ -39,8 +39,9 @@ class DeviceSpec:
             ConfigError: The text names no device.
         """
         kind, colon, number = text.strip().partition(":")
-        ordinal = int(number) if number.isdecimal() and number.isascii() else -bool(colon)
-        if kind not in KINDS or not 0 <= ordinal < 10_000 or (kind == "cpu" and ordinal):
+        counts = number.isdecimal() and number.isascii() and len(number) <= 4
+        ordinal = int(number) if counts else 0
+        if kind not in KINDS or (colon and not counts) or (kind == "cpu" and ordinal):
             raise ConfigError(
                 f"`{text}` is not a device", hint="write it like npu:0, cuda:1 or cpu"
             )
