@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sllmctl.api import StoreUse, start_load
 from sllmctl.core.background import Loading
+from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import DeviceSpec
 from sllmctl.errors import ConfigError
@@ -106,7 +107,9 @@ def load_model(
     else:
         skeleton = prepare()
         if places is None:
-            places = place_model(skeleton.model_class, skeleton.config, device_map, dtype)
+            places = place_model(
+                skeleton.model_class, skeleton.config, device_map, dtype, open_checkpoint(path)
+            )
         with load(places) as loading:
             tensors = loading.wait().tensors
     if isinstance(places, ModelPlaces):

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sllmctl.integrations.engine_gather import DeviceCopies, moves
+from sllmctl.integrations.engine_state import storage_address
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,12 +94,12 @@ class InitialValues(TorchFunctionMode):
         """Run a torch function, and note the memory that it fills."""
         result = func(*args, **kwargs or {})
         if func in _MADE_FULL:
-            self._filled.add(_address(result))
+            self._filled.add(storage_address(result))
         elif func in _MADE_EMPTY:
             # Where something was that is gone.
-            self._filled.discard(_address(result))
+            self._filled.discard(storage_address(result))
         elif func in (_FILL, _ZERO, _SET_ITEM):
-            self._filled.add(_address(args[0]))
+            self._filled.add(storage_address(args[0]))
         return result
 
     def __enter__(self) -> InitialValues:
@@ -118,7 +119,9 @@ class InitialValues(TorchFunctionMode):
     def names(self, model: nn.Module) -> set[str]:
         """Names of a model's parameters that it filled, wholly or in part."""
         filled = self._filled - {None}
-        return {name for name, value in model.named_parameters() if _address(value) in filled}
+        return {
+            name for name, value in model.named_parameters() if storage_address(value) in filled
+        }
 
 
 class WeightWrites(TorchFunctionMode):
@@ -141,7 +144,7 @@ class WeightWrites(TorchFunctionMode):
         self._regions: dict[int, list[_Region]] = {
             address: []
             for parameter in model.parameters()
-            if (address := _address(parameter)) is not None
+            if (address := storage_address(parameter)) is not None
         }
 
     def __torch_function__(
@@ -162,7 +165,7 @@ class WeightWrites(TorchFunctionMode):
             self._note(args[0])
         elif func in _MARKERS:
             self._note_elements(func, *args, **kwargs)
-        elif func == _SET_DATA and (address := _address(args[0])) is not None:
+        elif func == _SET_DATA and (address := storage_address(args[0])) is not None:
             self._regions.setdefault(address, [])
             self._note(args[0])
         return result
@@ -184,7 +187,7 @@ class WeightWrites(TorchFunctionMode):
             return args[0]
         if func == _SET_ITEM and self._copies.crosses(args[0], args[2]):
             part = args[0][args[1]]
-            if _address(part) == _address(args[0]):
+            if storage_address(part) == storage_address(args[0]):
                 self._copies.copy(part, args[2])
                 return args[0]
         elif func in self._moves:
@@ -192,7 +195,7 @@ class WeightWrites(TorchFunctionMode):
         return None
 
     def _note(self, tensor: torch.Tensor) -> None:
-        regions = self._regions.get(_address(tensor) or 0)
+        regions = self._regions.get(storage_address(tensor) or 0)
         if regions is not None and tensor.numel():
             regions.append(_Region.of(tensor))
 
@@ -200,12 +203,12 @@ class WeightWrites(TorchFunctionMode):
         self, func: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any
     ) -> None:
         """Note what a function writes that takes an index or a mask."""
-        address = _address(tensor) or 0
+        address = storage_address(tensor) or 0
         if address not in self._regions:
             return
         if func == _SET_ITEM:
             part = tensor[args[0]]
-            if _address(part) == address:
+            if storage_address(part) == address:
                 self._note(part)
                 return
         if address not in self._flags:
@@ -218,7 +221,7 @@ class WeightWrites(TorchFunctionMode):
 
     def written_bytes(self, parameter: torch.Tensor) -> int | None:
         """How many bytes of a parameter were written; None where it has come to lie elsewhere."""
-        address = _address(parameter) or 0
+        address = storage_address(parameter) or 0
         regions = self._regions.get(address)
         if regions is None:
             return None
@@ -254,11 +257,3 @@ def _overlap(whole: tuple[int, int], runs: Sequence[tuple[int, int]]) -> int:
             covered += end - start
             reached = end
     return covered
-
-
-def _address(tensor: torch.Tensor) -> int | None:
-    """Where a tensor's storage starts; None for those that have none, such as meta tensors."""
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):
-        return None

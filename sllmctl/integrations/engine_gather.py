@@ -140,7 +140,7 @@ class DeviceCopies:
         """Do what one of ``moves`` does from host memory to an accelerator; else None."""
         if source.device.type != "cpu":
             return None
-        like = func(torch.empty(0, dtype=source.dtype), *args, **kwargs)
+        like = func(torch.empty(0, dtype=source.dtype, device="cpu"), *args, **kwargs)
         if not self.crosses(like, source):
             return None
         strides = torch.empty_like(

@@ -25,6 +25,7 @@ from sllmctl.core.manifest import MANIFEST_NAME
 from sllmctl.core.write.save import save_tensors
 from sllmctl.errors import CheckpointError
 from sllmctl.integrations.engine_source import FoundModel
+from sllmctl.integrations.engine_state import Snapshot, differences, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "rank_state"
 STATE_NAME = "rank_state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 kept models whose load does more than fill their state."""
 _SHOWN = 4
 
 
@@ -80,15 +82,26 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     return f"{'files' if checkpoint.manifest is None else 'digests'}:{hasher.hexdigest()}"
 
 
-def find_rank_state(key: RankKey) -> FoundModel:
+def find_rank_state(key: RankKey, *, verified: bool = False) -> FoundModel:
     """Find a rank's state.
+
+    Args:
+        key: Of the state.
+        verified: Take none of a load that did not compare the checkpoint's bytes with its digests:
+            the state's own digests are of what that load read.
 
     Raises:
         CheckpointError: There is none that fits; the message says in what others differ. Or it is
             damaged.
     """
     if (key.path / MANIFEST_NAME).exists():
-        _require_same(key, _made_by(key.path))
+        document = _describe(key.path)
+        _require_same(key, document["made_by"])
+        if verified and document["verified"] is not True:
+            raise CheckpointError(
+                f"the rank state `{key.path}` is of a load that did not verify its checkpoint",
+                hint="load once with verify and rank_state=auto: it is written anew",
+            )
         return FoundModel(str(key.path), key.path, open_checkpoint(key.path))
     others = sorted((key.model / DIRECTORY).glob(f"*/rank_*/{STATE_NAME}"))
     if not others:
@@ -99,7 +112,7 @@ def find_rank_state(key: RankKey) -> FoundModel:
     reasons = []
     for other in others:
         with suppress(CheckpointError):  # a damaged one is no reason why none fits
-            reasons.append(_differences(key.made_by, _made_by(other.parent)))
+            reasons.append(differences(key.made_by, _describe(other.parent)["made_by"]))
     nearest = min(reasons, key=len, default=["all of them are damaged"])
     raise CheckpointError(
         f"no rank state of `{key.model}` fits rank {key.rank}: "
@@ -109,68 +122,57 @@ def find_rank_state(key: RankKey) -> FoundModel:
     )
 
 
-def _made_by(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, Any]:
     try:
         document = load_json((path / STATE_NAME).read_bytes(), STATE_NAME)
-        made_by = document["made_by"]
-        if not isinstance(made_by, dict) or document["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {document['format_version']}")
+        if document["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format version is {document['format_version']}")
+        if not isinstance(document["made_by"], dict) or "verified" not in document:
+            raise ValueError("it does not say what made it")
     except (OSError, ValueError, KeyError, CheckpointError) as exc:
         raise CheckpointError(
-            f"damaged rank state `{path}`: {exc}", hint=f"remove `{path}`; it is made anew"
+            f"damaged or outdated rank state `{path}`: {exc}",
+            hint=f"remove `{path}`; it is made anew",
         ) from exc
-    return made_by
+    return document
 
 
 def _require_same(key: RankKey, made_by: Mapping[str, Any]) -> None:
-    if differences := _differences(key.made_by, made_by):
+    if found := differences(key.made_by, made_by):
         raise CheckpointError(
-            f"rank state `{key.path}` is not what its name says: {', '.join(differences)}",
+            f"rank state `{key.path}` is not what its name says: {', '.join(found)}",
             hint=f"remove `{key.path}`; it is made anew",
         )
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} is {there.get(name)} there and {here.get(name)} here"
-        for name in sorted({*here, *there})
-        if here.get(name) != there.get(name)
-    ]
-
-
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and persistent buffers, tied ones under each of their names."""
-    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What a rank state must agree with: dtype, shape and kind of place of each tensor."""
-    return {
-        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.device.type)
-        for name, tensor in state_of(model).items()
-    }
-
-
-def save_rank_state(key: RankKey, model: nn.Module, before: Mapping[str, tuple[Any, ...]]) -> None:
+def save_rank_state(
+    key: RankKey, model: nn.Module, before: Snapshot, *, verified: bool = False
+) -> None:
     """Write what a rank holds, in one step; another process may write another rank's.
 
     Args:
         key: Of the state.
         model: After its weights were loaded, before they are processed.
-        before: ``shapes_of`` the model before the load: a fresh model must be able to take it.
+        before: Of the model before the load: a fresh model must be able to take its state.
+        verified: The load compared the checkpoint's bytes with its digests.
 
     Raises:
-        CheckpointError: The load itself changed what the model is made of, so that its state
-            cannot be put into a fresh one. Or the state cannot be written.
+        CheckpointError: The load changed more of the model than its state, which a fresh one would
+            lack. Or the state cannot be written.
         ConfigError: Another process writes the same, or the disk is too small.
     """
     started = time.perf_counter()
-    if changed := _differences(before, shapes_of(model)):
+    if changed := before.changes(model):
         raise CheckpointError(
             f"a {type(model).__name__} changes while it is loaded ({changed[0]}): "
             "its state cannot be kept",
         )
-    document = {"format_version": FORMAT_VERSION, "rank": key.rank, "made_by": dict(key.made_by)}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "rank": key.rank,
+        "made_by": dict(key.made_by),
+        "verified": verified,
+    }
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     made = save_tensors(state_of(model), key.path, files={STATE_NAME: text.encode()})
     log.info(
@@ -195,10 +197,10 @@ def fill_from_rank_state(
     state = state_of(model)
     here = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     there = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if differences := _differences(here, there):
+    if found := differences(here, there):
         raise CheckpointError(
             f"rank state `{where}` does not fit a {type(model).__name__}: "
-            + "; ".join(differences[:_SHOWN]),
+            + "; ".join(found[:_SHOWN]),
             hint=f"remove `{where}`; it is made anew",
         )
     with torch.no_grad():

@@ -317,7 +317,12 @@ def _require_scales(skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> 
     if getattr(skeleton.config, "quantization_config", None) is None:
         return
     eight_bits = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-    names = [name for name, tensor in tensors.items() if tensor.dtype in eight_bits]
+    names = [
+        name
+        for name, tensor in tensors.items()
+        # What a weight has beside it may be of eight bits itself.
+        if tensor.dtype in eight_bits and not name.endswith(("_scale", "_scale_inv", "_zero_point"))
+    ]
     for suffix in ("_scale_inv", "_scale"):
         missing = [name + suffix for name in names if name + suffix not in tensors]
         if missing and len(missing) < len(names):

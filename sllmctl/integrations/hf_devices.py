@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,11 @@ class ModelPlaces(DeviceMap):
 
 
 def place_model(
-    model_class: type[Any], config: Any, device_map: Any, dtype: torch.dtype | str
+    model_class: type[Any],
+    config: Any,
+    device_map: Any,
+    dtype: torch.dtype | str,
+    checkpoint: Checkpoint | None = None,
 ) -> ModelPlaces:
     """Choose a device for each module, as `from_pretrained` would of such a map.
 
@@ -89,6 +94,7 @@ def place_model(
         config: Its configuration.
         device_map: A dict, or one of `PLACEMENTS`.
         dtype: Of the weights; ``"auto"`` for that of the configuration.
+        checkpoint: What says how large quantized weights are.
 
     Raises:
         ConfigError: The map leaves something out.
@@ -99,6 +105,9 @@ def place_model(
     with torch.device("meta"):
         model = model_class(config)
     model.tie_weights()
+    rename = _renaming(model)
+    if checkpoint is not None:
+        _count_quantized_as_stored(model, checkpoint, rename)
     modules = (
         {name: _find(device) for name, device in device_map.items()}
         if isinstance(device_map, Mapping)
@@ -110,7 +119,7 @@ def place_model(
                 f"device_map says nothing about `{name}`",
                 hint='add "" to it, for everything that no other entry names',
             )
-    return ModelPlaces(_whole_modules(model, modules), rename=_renaming(model))
+    return ModelPlaces(_whole_modules(model, modules), rename=rename)
 
 
 def _whole_modules(
@@ -144,6 +153,31 @@ def _whole_modules(
             yield from walk(child, f"{prefix}.{name}".lstrip("."))
 
     return dict(walk(model, ""))
+
+
+def _count_quantized_as_stored(
+    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]
+) -> None:
+    """Have modules whose weights are quantized count as many bytes as the checkpoint has of them.
+
+    The model on the meta device knows nothing of its quantizer, and of the shapes it packs into.
+    """
+    import torch
+
+    stored: Counter[str] = Counter()
+    quantized = set()
+    for name, entry in checkpoint.tensors.items():
+        module = rename(f"{name.rpartition('.')[0]}.weight").rpartition(".")[0]
+        stored[module] += entry.nbytes
+        if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            quantized.add(module)
+    for prefix, child in model.named_modules():
+        if prefix in quantized:
+            nbytes = stored[prefix]
+            for name, parameter in child.named_parameters(recurse=False):
+                part = torch.empty(nbytes, dtype=torch.uint8, device=parameter.device)
+                setattr(child, name, torch.nn.Parameter(part, requires_grad=False))
+                nbytes = 0  # the first counts for all
 
 
 def _spread(model: Any, how: str, dtype: torch.dtype | str) -> dict[str, DeviceSpec]:

@@ -266,6 +266,9 @@ def _attach(
             f"the adapter `{path}` does not suit a {_class_name(model)}: {reason}",
             hint="it was made for another model",
         ) from exc
+    except BaseException:  # no memory, or Ctrl-C
+        undo()
+        raise
     try:
         _fill(peft, adapted, adapter_name, tensors, path, dtype)
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from sllmctl.integrations.engine_rank import (
     fill_from_rank_state,
     find_rank_state,
     save_rank_state,
-    shapes_of,
 )
 from sllmctl.integrations.engine_source import (
     EngineOptions,
@@ -31,6 +31,7 @@ from sllmctl.integrations.engine_source import (
     telling_hints,
     with_hint,
 )
+from sllmctl.integrations.engine_state import Snapshot
 from sllmctl.integrations.engine_threads import tasks_run_here
 from sllmctl.integrations.vllm_rank import announce, rank_key, require_plain_state
 
@@ -82,12 +83,11 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             SllmError: As ``EngineWeights`` raises them.
         """
         self._initial.stop()
-        weights = self._open(model_config)
         try:
-            if self._rank_key is not None and weights.found.path == self._rank_key.path:
-                self._fill_from_rank_state(model, weights)
+            if self._fill_from_rank_state(model, model_config):
                 return
-            before = shapes_of(model)
+            weights = self._open(model_config)
+            before = None if self._rank_key is None else Snapshot.of(model)
             with tasks_run_here(), WeightWrites(model) as writes:
                 loaded = model.load_weights(self._iterate(weights, model_config, model))
             require_complete(
@@ -100,36 +100,41 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 optional=set(_optional(model, model_config)),
                 prefilled=self._initial.names(model),
             )
-            if self._rank_key is not None and self._options.check != "full":
+            if self._rank_key is None or before is None:
+                return
+            if self._options.check != "full":
                 # Filling from a state asks nothing any more.
                 log.warning(
                     'sllm: the rank state is not written: "check" is "%s", and a state is of a '
                     "model that is known to be whole",
                     self._options.check,
                 )
-            elif self._rank_key is not None:
-                self._save_rank_state(self._rank_key, model, before)
+            else:
+                self._save_rank_state(
+                    self._rank_key, model, before, verified=weights.stats.verified
+                )
         finally:
             self._close()
 
     def get_all_weights(
         self, model_config: Any, model: nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield ``(name, tensor)`` on cpu: what vLLM's ``reload_weights`` takes.
+        """Give ``(name, tensor)`` on cpu: what vLLM's ``reload_weights`` takes.
 
-        The caller copies them as it likes, so that an accelerator gets ordinary memory.
+        The weights are opened at once: vLLM takes its model apart before it asks for the first. The
+        caller copies them as it likes, so that an accelerator gets ordinary memory.
+
+        Raises:
+            SllmError: As ``find_model`` and ``EngineWeights`` raise them.
         """
+        with telling_hints():
+            weights = self._open_whole(find_model(self._options, model_config.model))
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-        rank, ranks = _place()
-        found = find_model(self._options, model_config.model)
-        weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
-        try:
-            for name, tensor in self._iterate(weights, model_config, model):
-                yield name, tensor if on_cpu else tensor.clone()
-        finally:
-            weights.close()
+        tensors = self._iterate(weights, model_config, model)
+        return ((name, tensor if on_cpu else tensor.clone()) for name, tensor in tensors)
 
     def _open(self, model_config: Any) -> EngineWeights:
+        """Open a rank's state, or else the checkpoint, unless that is done already."""
         if self._weights is not None:
             return self._weights
         if model_config.quantization == "torchao":
@@ -137,27 +142,32 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 "weights that torchao flattened are put together by vLLM's own loader alone",
                 hint="use --load-format auto",
             )
-        rank, ranks = _place()
         found = find_model(self._options, model_config.model)
         state = self._find_rank_state(found, model_config)
-        if state is not None:
+        if state is None:
+            self._weights = self._open_whole(found)
+        else:
             label = f"{self._options.label_for(found)}, {state.path.name if state.path else ''}"
             self._weights = EngineWeights(state, self._options, label=label)
-        else:
-            self._weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
+            log.info("sllm: `%s`: %s", state.model, describe(self._weights.stats))
         if self._options.model is not None:
             # Speculative decoding loads a second model, with these same options.
             self.load_config.model_loader_extra_config["model"] = {
                 model_config.model: self._options.model
             }
+        return self._weights
+
+    def _open_whole(self, found: FoundModel) -> EngineWeights:
+        rank, ranks = _place()
+        weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
         log.info(
             "sllm: `%s`, process %d of %d here: %s",
-            self._weights.found.model,
+            found.model,
             rank,
             ranks,
-            describe(self._weights.stats),
+            describe(weights.stats),
         )
-        return self._weights
+        return weights
 
     def _close(self) -> None:
         if self._weights is not None:
@@ -172,7 +182,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             return None
         try:
             self._rank_key = rank_key(found, model_config)
-            state = find_rank_state(self._rank_key)
+            state = find_rank_state(self._rank_key, verified=self._options.verify)
             log.info(announce(self._rank_key))
             return state
         except CheckpointError as exc:
@@ -181,14 +191,30 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             log.info("sllm: %s", exc)
             return None
 
-    def _fill_from_rank_state(self, model: nn.Module, weights: EngineWeights) -> None:
-        with WeightWrites(model):
-            fill_from_rank_state(model, dict(weights.tensors()), where=weights.found.model)
+    def _fill_from_rank_state(self, model: nn.Module, model_config: Any) -> bool:
+        """Fill a model from its rank's state, if there is one that fits."""
+        weights = self._open(model_config)
+        if self._rank_key is None or weights.found.path != self._rank_key.path:
+            return False
+        try:
+            with WeightWrites(model):
+                fill_from_rank_state(model, dict(weights.tensors()), where=weights.found.model)
+            return True
+        except CheckpointError as exc:
+            if self._options.rank_state == "require":
+                raise
+            # Some setting that is not in the key shapes the model.
+            log.warning("sllm: %s: the model is loaded as ever, and the state made anew", exc)
+        self._close()
+        self._weights = self._open_whole(find_model(self._options, model_config.model))
+        return False
 
-    def _save_rank_state(self, key: RankKey, model: nn.Module, before: Any) -> None:
+    def _save_rank_state(
+        self, key: RankKey, model: nn.Module, before: Snapshot, *, verified: bool
+    ) -> None:
         try:
             require_plain_state(model)
-            save_rank_state(key, model, before)
+            save_rank_state(key, model, before, verified=verified)
         except SllmError as exc:
             # The model is loaded, and serves; the next start loads as this one did.
             log.warning("sllm: the rank state is not written: %s", with_hint(exc))
@@ -203,7 +229,8 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             if not skip(name):
                 yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
-            yield from DefaultModelLoader(type(self.load_config)())._get_weights_iterator(source)
+            theirs = replace(self.load_config, load_format="auto", model_loader_extra_config={})
+            yield from DefaultModelLoader(theirs)._get_weights_iterator(source)
 
     def _expert_filter(self, model_config: Any) -> Callable[[str], bool]:
         """Whether a tensor belongs to an expert of another rank; never before vLLM 0.20.
@@ -234,10 +261,12 @@ def _optional(model: nn.Module, model_config: Any) -> Iterator[str]:
 
 def _place() -> tuple[int, int]:
     """This worker among those of the engine on this machine, and how many they are."""
-    from vllm.config import get_current_vllm_config
+    from vllm import config
     from vllm.distributed import get_world_group
 
     group = get_world_group()
-    parallel = get_current_vllm_config().parallel_config
+    # A reload may run where no configuration is set, which older versions tell by a default one.
+    find = getattr(config, "get_current_vllm_config_or_none", config.get_current_vllm_config)
+    parallel = getattr(find(), "parallel_config", None)
     ranks = getattr(parallel, "local_world_size", group.world_size)
     return int(group.local_rank), max(int(ranks), 1)

@@ -84,11 +84,22 @@ def rank_key(found: FoundModel, model_config: Any) -> RankKey:
         "expert_placement": getattr(parallel, "expert_placement_strategy", "linear")
         if experts_parallel
         else None,
-        "draft": getattr(model_config, "runner_type", None) == "draft",
+        "runner": getattr(model_config, "runner_type", None),
+        "convert": getattr(model_config, "convert_type", None),
+        "layer_partition": os.environ.get("VLLM_PP_LAYER_PARTITION"),
+        "multimodal": _multimodal(getattr(model_config, "multimodal_config", None)),
     }
     copy = dp_rank * pcp_size + _context_parallel_rank(pcp_size)
     rank = (copy * pp.world_size + pp.rank_in_group) * tp.world_size + tp.rank_in_group
     return RankKey(found.path, rank, made_by)
+
+
+def _multimodal(config: Any) -> str | None:
+    """Which encoders a model has, and whether its ranks cut them."""
+    if config is None:
+        return None
+    settings = ("mm_encoder_tp_mode", "language_model_only", "mm_encoder_only")
+    return ", ".join(f"{name}={getattr(config, name, None)}" for name in settings)
 
 
 def _context_parallel_size(parallel: Any) -> int:
@@ -184,17 +195,26 @@ def write_rank_states(
     for size in ("pipeline_parallel_size", "prefill_context_parallel_size"):
         ranks *= int(arguments.get(size) or 1)
     command = [sys.executable, "-m", __name__, json.dumps(arguments)]
+    # The ranks tell in their log what they wrote: it comes here, whatever the user does with it.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOGGING_")}
+    environment |= {"VLLM_CONFIGURE_LOGGING": "1", "VLLM_LOGGING_COLOR": "0"}
     last: deque[str] = deque(maxlen=_SHOWN_LINES)
     written: dict[Path, None] = {}
     # In a session of its own: its workers end with it when we are interrupted.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
     ) as process:
         try:
             for line in _lines(process, silence_s=SILENCE_S):
                 log.debug("%s", line)
                 last.append(line)
-                if (place := _state_in(line)) is not None:
+                # A draft may keep its state too, in its own checkpoint.
+                place = _state_in(line)
+                if place is not None and place.parents[2].resolve() == path.resolve():
                     written[place] = None
         except BaseException:
             with suppress(ProcessLookupError):
@@ -250,7 +270,8 @@ def main(arguments: dict[str, Any]) -> None:
 
     # The small ones suffice: nothing is asked of this engine.
     small = {"max_model_len": 128, "max_num_seqs": 1}
-    extra = {"rank_state": "auto", "storage_path": str(Path(arguments["model"]).parent)}
+    storage = str(Path(arguments["model"]).parent)
+    extra = {"rank_state": "auto", "storage_path": storage, "verify": True}
     LLM(**{**small, **arguments, "load_format": "sllm", "model_loader_extra_config": extra})
 
 

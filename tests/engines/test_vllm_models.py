@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sllmctl.core.write.convert import convert
 from tests.engines.conftest import Playground
-from tests.engines.models import PLAIN, QUANTIZED
+from tests.engines.models import PLAIN, QUANTIZED, read_tensors, write_like
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: see `make test-engines`", allow_module_level=True)
@@ -39,6 +41,7 @@ class Workers:
             "SLLMCTL_STORAGE_PATH": str(directory / "models"),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_DIST_IDENT": directory.name,  # an executor names its workers' shared memory
             "VLLM_NO_USAGE_STATS": "1",
         }
         self.logs = [directory / f"rank{rank}of{ranks}.log" for rank in range(ranks)]
@@ -204,14 +207,14 @@ def test_a_draft_model_gets_its_own_weights(workers: Workers, playground: Playgr
     assert [answer["draft"] for answer in answers] == [answer["tensors"] for answer in expected]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-tied", "qwen3-moe", "qwen3-int8", "qwen3-awq"])
+@pytest.mark.parametrize("name", [*PLAIN, *QUANTIZED])
 def test_a_rank_state_is_written_once_and_gives_the_same_bits(
     workers: Workers, playground: Playground, name: str
 ) -> None:
     bare = playground.bare(name)
     expected = workers.run(playground.source(name))
     path = playground.converted(name)
-    assert workers.run(bare, **ours(model=name, rank_state="auto")) == expected
+    assert workers.run(bare, **ours(model=name, rank_state="auto", verify=True)) == expected
     sizes = {file: file.stat().st_mtime_ns for file in path.glob("rank_state/*/*/*.safetensors")}
     ranks = len(workers.logs)
     # Tensor parallel with one rank and with two are two states.
@@ -224,10 +227,40 @@ def test_a_rank_state_is_written_once_and_gives_the_same_bits(
     assert "fits rank 0: " in refused and "dtype is bfloat16 there and float16 here" in refused
 
 
+def test_a_draft_that_notes_what_it_was_given_is_loaded_anew_each_time(
+    workers: Workers, playground: Playground
+) -> None:
+    llama = playground.source("llama")
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in read_tensors(llama).items()
+        if (name.startswith("model.layers.0.") and "input_layernorm" not in name)
+        or "embed_tokens" in name
+    }
+    hidden = tensors["embed_tokens.weight"].shape[1]
+    tensors["fc.weight"] = torch.ones(hidden, 2 * hidden, dtype=torch.bfloat16)
+    name = f"eagle-{len(workers.logs)}"
+    source = write_like(llama, playground.root / "sources" / name, tensors, num_hidden_layers=1)
+    eagle = convert(source, playground.storage / name, verify=False).path
+    speculative = {"method": "eagle", "num_speculative_tokens": 2}
+    expected = workers.run(llama, speculative_config={**speculative, "model": str(source)})
+    assert "error" not in expected[0], expected
+    # It found embeddings of its own: a state would give them to it, and leave that unsaid.
+    assert all(answer["has_own_embeddings"] for answer in expected)
+    playground.variant(f"target-{name}", "llama")
+    for _ in range(2):
+        extra = ours(model={str(llama): f"target-{name}"}, rank_state="auto")
+        drafting = {**speculative, "model": str(eagle)}
+        assert workers.run(llama, **extra, speculative_config=drafting) == expected
+    assert not (eagle / "rank_state").exists()
+    assert (playground.storage / f"target-{name}" / "rank_state").exists()
+    assert "the load sets `has_own_embed_tokens`" in workers.logs[0].read_text()
+
+
 def test_a_damaged_rank_state_is_refused(workers: Workers, playground: Playground) -> None:
     name = f"state-{len(workers.logs)}"
     playground.variant(name, "opt")
-    workers.run(playground.bare("opt"), **ours(model=name, rank_state="auto"))
+    workers.run(playground.bare("opt"), **ours(model=name, rank_state="auto", verify=True))
     shards = sorted((playground.storage / name).glob("rank_state/*/rank_*/model.safetensors"))
     assert len(shards) == len(workers.logs)
     for shard in shards:

@@ -69,6 +69,14 @@ def serve(rank: int, ranks: int, rendezvous: str) -> None:
                 initialize_model_parallel(ranks // stages, stages)
                 model = get_model(vllm_config=config)
                 answer["tensors"] = digests(model)
+                if config.speculative_config is not None:
+                    head = get_model(
+                        vllm_config=config,
+                        model_config=config.speculative_config.draft_model_config,
+                        prefix="head",
+                    )
+                    answer["head"] = digests(head)
+                    answer["has_own_embeddings"] = head.has_own_embed_tokens
                 if draft is not None:
                     # As speculative decoding does: the same loader settings, another model.
                     other = EngineArgs(model=draft, dtype="bfloat16", max_model_len=128)

@@ -316,6 +316,33 @@ def test_an_adapter_that_fails_leaves_nothing_in_the_model(
     assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_interrupt_half_way_leaves_nothing_in_the_model(
+    others: int, adapter: Adapter, original: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import LoraModel
+
+    model = loaded(original("qwen3"), "qwen3")
+    if others:
+        model = load_lora(model, "one", adapter("qwen3"))
+    before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    replace, layers = LoraModel._create_and_replace, []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        replace(self, *args, **kwargs)
+        layers.append(args)
+        if len(layers) == 3:
+            raise KeyboardInterrupt
+
+    path = adapter("qwen3", seed=1)
+    monkeypatch.setattr(LoraModel, "_create_and_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_lora(model, "two", path)
+    assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
+    monkeypatch.undo()
+    assert "two" in load_lora(model, "two", path).peft_config
+
+
 def test_a_further_adapter_that_fails_half_way_may_be_loaded_again(
     adapter: Adapter, original: Any
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ import transformers
 from safetensors.torch import save_file
 
 import sllmctl
+from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.errors import CheckpointError, ConfigError
+from sllmctl.integrations.hf_build import _require_scales, make_skeleton
+from sllmctl.integrations.hf_devices import _count_quantized_as_stored, _renaming
 from tests.integrations.compare import (
     V5,
     assert_same_model,
@@ -119,6 +123,46 @@ def test_a_missing_scale_is_refused(quantize: Any) -> None:
     path = quantize("qwen3", fp8, FP8, drop=gone)
     with pytest.raises(CheckpointError, match=f"missing: `{gone}`"):
         loaded(path, "qwen3")
+
+
+def test_what_stands_beside_a_weight_needs_no_scale() -> None:
+    eight = torch.zeros(2, dtype=torch.int8)
+    beside = {"a.weight_zero_point": eight, "b.weight_scale": eight.to(torch.float8_e4m3fn)}
+    weights = {f"{name}.weight": eight for name in "ab"}
+    scales = {f"{name}.weight_scale": torch.zeros(2) for name in "ab"}
+    skeleton: Any = SimpleNamespace(
+        config=SimpleNamespace(quantization_config={}, architectures=[]),
+        model_class=torch.nn.Linear,
+        path="model",
+    )
+    _require_scales(skeleton, weights | scales | beside)
+    del scales["a.weight_scale"]
+    with pytest.raises(CheckpointError, match=r"missing: `a.weight_scale`$"):
+        _require_scales(skeleton, weights | scales | beside)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe", "gpt2"])
+def test_a_device_has_to_hold_what_is_stored_of_a_quantized_weight(
+    name: str, quantize: Any, original: Any
+) -> None:
+    from accelerate.utils import compute_module_sizes
+
+    def packed(weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        packs = torch.zeros(rows, columns // 8, dtype=torch.int32)
+        return {"_packed": packs, "_scale": torch.zeros(rows, 2, dtype=torch.bfloat16)}
+
+    for kind in (fp8, packed) if name != "gpt2" else (packed,):
+        path = quantize(name, kind, {})
+        checkpoint = open_checkpoint(path)
+        skeleton = make_skeleton(original(name))
+        with torch.device("meta"):
+            model = skeleton.model_class(skeleton.config)
+        model.tie_weights()
+        _count_quantized_as_stored(model, checkpoint, _renaming(model))
+        sizes = compute_module_sizes(model, dtype=torch.bfloat16)
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        assert checkpoint.nbytes <= sizes[""] <= checkpoint.nbytes + buffers
 
 
 @needs_compressed_tensors

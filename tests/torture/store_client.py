@@ -48,10 +48,10 @@ def digest_through_store(socket: Path, model: Path) -> tuple[str, int, int]:
     mapped = 0
     try:
         with StoreClient(socket) as client:
-            assert client.segment_bytes == unit
             client.send_shards([shard.name for shard in shards], fds)
             client.send({"op": "attach", "label": model.name})
             client.receive()
+            assert client.segment_bytes == unit
             while True:
                 message, parts = client.receive()
                 if message["event"] == "settled":

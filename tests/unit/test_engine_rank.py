@@ -26,9 +26,9 @@ from sllmctl.integrations.engine_rank import (
     fill_from_rank_state,
     find_rank_state,
     save_rank_state,
-    shapes_of,
 )
 from sllmctl.integrations.engine_source import EngineOptions, EngineWeights
+from sllmctl.integrations.engine_state import Snapshot
 from tests.conftest import same_bits, write_checkpoint
 
 MADE_BY = {"engine": "vllm", "engine_version": "1.2.3", "tensor_parallel_size": 2}
@@ -60,7 +60,7 @@ def load(key: RankKey, model: nn.Module) -> None:
 
 def test_a_fresh_model_takes_the_state_bit_by_bit(key: RankKey) -> None:
     model, fresh = Tied(1), Tied(2)
-    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     load(key, fresh)
     for name, tensor in model.state_dict().items():
         assert same_bits(fresh.state_dict()[name], tensor), name
@@ -85,8 +85,8 @@ def test_without_a_state_the_hint_says_how_to_make_one(key: RankKey) -> None:
 
 def test_a_state_that_does_not_fit_is_refused_with_the_difference(key: RankKey) -> None:
     model = Tied()
-    save_rank_state(key, model, shapes_of(model))
-    save_rank_state(replace(key, made_by={"engine": "another"}), model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
+    save_rank_state(replace(key, made_by={"engine": "another"}), model, Snapshot.of(model))
     newer = replace(key, made_by={**MADE_BY, "engine_version": "1.3.0"})
     with pytest.raises(CheckpointError) as caught:
         find_rank_state(newer)
@@ -100,7 +100,7 @@ def test_a_state_that_does_not_fit_is_refused_with_the_difference(key: RankKey) 
 
 def test_a_state_under_a_wrong_name_is_refused(key: RankKey) -> None:
     model = Tied()
-    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     other = replace(key, made_by={**MADE_BY, "tensor_parallel_size": 4})
     other.path.parent.mkdir()
     key.path.rename(other.path)
@@ -110,20 +110,26 @@ def test_a_state_under_a_wrong_name_is_refused(key: RankKey) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format_version": 2, "made_by": {}}', '{"made_by": 1}', "[" * 100_000],
+    [
+        *("", "[]", "{}", '{"made_by": 1}', "[" * 100_000),
+        '{"format_version": 1, "made_by": {}, "rank": 0}',
+        '{"format_version": 2, "made_by": {}}',
+        '{"format_version": 2, "made_by": 7, "verified": true}',
+        '{"format_version": 3, "made_by": {}, "verified": true}',
+    ],
 )
 def test_a_damaged_description_is_refused(key: RankKey, content: str) -> None:
     model = Tied()
-    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     (key.path / STATE_NAME).write_text(content)
-    with pytest.raises(CheckpointError, match="damaged rank state") as caught:
+    with pytest.raises(CheckpointError, match="damaged or outdated rank state") as caught:
         find_rank_state(key)
     assert str(key.path) in str(caught.value.hint)
     # Others' damage says nothing of what would fit.
     newer = replace(key, made_by={**MADE_BY, "engine_version": "1.3.0"})
     with pytest.raises(CheckpointError, match="fits rank 0: all of them are damaged"):
         find_rank_state(newer)
-    save_rank_state(replace(key, rank=1), model, shapes_of(model))
+    save_rank_state(replace(key, rank=1), model, Snapshot.of(model))
     with pytest.raises(CheckpointError, match="engine_version is 1.2.3 there and 1.3.0 here"):
         find_rank_state(newer)
 
@@ -141,7 +147,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_copied(
     key: RankKey, change: Callable[[nn.Module], object], word: str
 ) -> None:
     model, other = Tied(1), Tied(2)
-    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     change(other)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(CheckpointError, match=word):
@@ -151,11 +157,75 @@ def test_a_state_of_another_model_is_refused_and_nothing_copied(
 
 def test_a_model_that_its_load_changes_is_not_kept(key: RankKey) -> None:
     model = Tied()
-    before = shapes_of(model)
+    before = Snapshot.of(model)
     model.embed.weight.data = torch.ones(4, 9)
     with pytest.raises(CheckpointError, match="changes while it is loaded"):
         save_rank_state(key, model, before)
     assert not key.path.exists()
+
+
+class Noting(Tied):
+    """Has beside its state what models have: flags, tables of angles, references."""
+
+    angles: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own_head = False
+        self.broadcast: torch.Tensor | None = None
+        self.loaded: list[object] = []
+        self.names = {"a": torch.ones(2)}
+        self.same = self.embed.weight.detach()
+        self.register_buffer("angles", torch.full((2, 3), torch.nan), persistent=False)
+        self.empty = torch.empty(0)
+
+
+def test_a_load_that_fills_the_state_alone_is_kept(key: RankKey) -> None:
+    model = Noting()
+    before = Snapshot.of(model)
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.ones(4, 8))  # and `same` with it
+        model.steps.copy_(torch.ones(3))
+    model.own_head = False
+    model.loaded = []
+    assert before.changes(model) == []
+    save_rank_state(key, model, before)
+    assert key.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("own_head", lambda m: setattr(m, "own_head", True)),
+        ("broadcast", lambda m: setattr(m, "broadcast", m.embed.weight.sum(dim=1))),
+        ("loaded", lambda m: m.loaded.append("embed")),
+        ("names", lambda m: m.names["a"].zero_()),
+        ("angles", lambda m: m.angles.data.fill_(1)),
+        ("more", lambda m: m.register_buffer("more", torch.ones(1), persistent=False)),
+        ("own_head", lambda m: delattr(m, "own_head")),
+        ("embed.scaled", lambda m: setattr(m.embed, "scaled", object())),
+        ("embed.weight.shards", lambda m: setattr(m.embed.weight, "shards", [1])),
+    ],
+)
+def test_a_load_that_does_more_is_not_kept_for_a_fresh_model_would_lack_it(
+    key: RankKey, name: str, change: Callable[[nn.Module], object]
+) -> None:
+    model = Noting()
+    before = Snapshot.of(model)
+    change(model)
+    with pytest.raises(CheckpointError, match=f"the load sets `{name}`"):
+        save_rank_state(key, model, before)
+    assert not key.path.exists()
+
+
+def test_who_verifies_takes_no_state_of_a_load_that_did_not(key: RankKey) -> None:
+    model = Tied()
+    save_rank_state(key, model, Snapshot.of(model))
+    assert find_rank_state(key).path == key.path
+    with pytest.raises(CheckpointError, match="a load that did not verify its checkpoint"):
+        find_rank_state(key, verified=True)
+    save_rank_state(key, model, Snapshot.of(model), verified=True)
+    assert find_rank_state(key, verified=True).path == key.path
 
 
 WRITER = """
@@ -168,7 +238,7 @@ rank, kill = int(sys.argv[2]), sys.argv[3] == "kill"
 if kill:
     Target.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 model = t.Tied(rank)
-t.save_rank_state(t.RankKey(Path(sys.argv[1]), rank, t.MADE_BY), model, t.shapes_of(model))
+t.save_rank_state(t.RankKey(Path(sys.argv[1]), rank, t.MADE_BY), model, t.Snapshot.of(model))
 """
 
 
@@ -190,7 +260,7 @@ def test_ranks_write_at_once_and_a_killed_one_leaves_nothing(key: RankKey) -> No
     for rank in range(2):
         if rank == 0:
             model = Tied(0)
-            save_rank_state(key, model, shapes_of(model))
+            save_rank_state(key, model, Snapshot.of(model))
         fresh = Tied(7)
         load(replace(key, rank=rank), fresh)
         assert same_bits(fresh.embed.weight.data, Tied(rank).embed.weight.data)
@@ -205,8 +275,8 @@ def test_two_that_write_the_same_rank_leave_one_whole(key: RankKey) -> None:
         Target(key.path, fingerprint="other", force=True),
         pytest.raises(ConfigError, match="another conversion"),
     ):
-        save_rank_state(key, model, shapes_of(model))
-    save_rank_state(key, model, shapes_of(model))
+        save_rank_state(key, model, Snapshot.of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     load(key, Tied(2))
 
 
@@ -249,5 +319,5 @@ def test_a_conversion_does_not_take_rank_states_along(key: RankKey) -> None:
     write_checkpoint(key.model, {"model.safetensors": {"a": torch.ones(3)}})
     (key.model / "config.json").write_text(json.dumps({}))
     model = Tied()
-    save_rank_state(key, model, shapes_of(model))
+    save_rank_state(key, model, Snapshot.of(model))
     assert [file.name for file in list_source(key.model).others] == ["config.json"]

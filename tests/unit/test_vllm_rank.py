@@ -66,6 +66,30 @@ def test_what_the_ranks_announce_is_what_was_written(checkpoint: Path, engine: E
     assert vllm_rank.describe_states(states) == "rank state for vLLM: 2 ranks, 0 B"
 
 
+def test_the_ranks_are_heard_whatever_the_user_does_with_his_log(
+    checkpoint: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LEVEL", "WARNING"), ("STREAM", "/dev/null"), ("CONFIG_PATH", "/x.json")):
+        monkeypatch.setenv(f"VLLM_LOGGING_{name}", value)
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    quiet = """
+import os
+assert os.environ["VLLM_CONFIGURE_LOGGING"] == "1", "no log"
+assert not {f"VLLM_LOGGING_{n}" for n in ("LEVEL", "STREAM", "CONFIG_PATH")} & {*os.environ}, "log"
+"""
+    engine(quiet + STATES.format(ranks=1))
+    assert len(vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=1)) == 1
+
+
+def test_a_draft_s_own_state_is_none_of_the_model_s(
+    checkpoint: Path, engine: Engine, tmp_path: Path
+) -> None:
+    elsewhere = STATES.replace('arguments["model"]', repr(str(tmp_path / "draft")))
+    engine(elsewhere.format(ranks=1) + STATES.format(ranks=1))
+    with pytest.raises(CheckpointError, match="1 of 2 ranks"):
+        vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=2)
+
+
 def test_a_rank_that_wrote_nothing_is_missed(checkpoint: Path, engine: Engine) -> None:
     engine(STATES.format(ranks=1))
     with pytest.raises(CheckpointError, match="1 of 2 ranks") as caught:

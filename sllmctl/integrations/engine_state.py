@@ -1,0 +1,139 @@
+"""What an engine's model is made of, and what a load changes besides the tensors of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_EQUAL = (bool, int, float, complex, str, bytes, set, torch.dtype, torch.device, torch.Size)
+"""What is the same if it is equal; of anything else the very object has to be there."""
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's parameters and persistent buffers, tied ones under each of their names."""
+    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Say in what two descriptions differ, name by name."""
+    return [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in sorted({*here, *there})
+        if here.get(name) != there.get(name)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model before its load, in all that the load must leave alone for its state to be kept.
+
+    A fresh model is given the tensors of a state, and nothing else that a load does: a draft that
+    finds a head of its own notes it in an attribute, another model fills a tensor beside its state.
+
+    Attributes:
+        shapes: dtype, shape and kind of place of each tensor of the state.
+        beside: What modules have besides: attributes, and buffers that are not of the state.
+    """
+
+    shapes: Mapping[str, tuple[Any, ...]]
+    beside: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        """Take one. What lies beside the state is copied, such as tables of angles."""
+        return cls(_shapes(model), {name: _copy(value) for name, value in _beside(model)})
+
+    def changes(self, model: nn.Module) -> list[str]:
+        """Say what a load has changed that a fresh model would lack."""
+        now = dict(_beside(model))
+        names = [name for name in self.beside if name not in now]
+        names += [
+            name
+            for name, value in now.items()
+            if name not in self.beside or not _same(self.beside[name], value)
+        ]
+        return [
+            *differences(self.shapes, _shapes(model)),
+            *(f"the load sets `{name}`" for name in sorted(names)),
+        ]
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.device.type)
+        for name, tensor in state_of(model).items()
+    }
+
+
+def _beside(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of all modules, by name, and of parameters; no tensor whose memory is the state's.
+
+    Attributes of parameters are what engines' loaders keep their notes in.
+    """
+    memory = {storage_address(tensor) for tensor in state_of(model).values()} - {None}
+    for prefix, module in model.named_modules():
+        outside = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, value in {**vars(module), **outside}.items():
+            if name in _TORCHS_OWN or (
+                isinstance(value, torch.Tensor) and storage_address(value) in memory
+            ):
+                continue
+            yield f"{prefix}.{name}".lstrip("."), value
+    for prefix, parameter in model.named_parameters():
+        for name, value in vars(parameter).items():
+            yield f"{prefix}.{name}", value
+
+
+def _copy(value: Any) -> Any:
+    """A value as it is now: of tensors the bytes, of plain containers what they hold."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_copy_of_tensor, value))
+    if type(value) is dict:
+        return {key: _copy_of_tensor(item) for key, item in value.items()}
+    return set(value) if type(value) is set else value
+
+
+def _copy_of_tensor(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a value is what its copy says; an object is the same if it is the very one."""
+    if type(before) is type(now) and type(now) in (list, tuple):
+        return len(before) == len(now) and all(map(_same_item, before, now))
+    if type(before) is type(now) is dict:
+        return list(before) == list(now) and all(map(_same_item, before.values(), now.values()))
+    return _same_item(before, now)
+
+
+def _same_item(before: Any, now: Any) -> bool:
+    if isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor):
+        return _same_bytes(before, now)
+    return before is now or (
+        type(before) is type(now) and isinstance(now, _EQUAL) and bool(before == now)
+    )
+
+
+def _same_bytes(before: torch.Tensor, now: torch.Tensor) -> bool:
+    if (before.dtype, before.shape, before.device) != (now.dtype, now.shape, now.device):
+        return False
+    if now.is_meta:
+        return True
+    first, second = (t.detach().contiguous().flatten().view(torch.uint8) for t in (before, now))
+    return torch.equal(first, second)
+
+
+def storage_address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's storage starts; None for those that have none, such as meta tensors."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
