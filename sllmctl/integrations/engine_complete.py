@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DRAFT_SHARED = ("embed_tokens.weight", "lm_head.weight")
+"""A draft model without them shares the target's. Source: vLLM 0.32, v1/spec_decode."""
 _SHOWN = 4
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

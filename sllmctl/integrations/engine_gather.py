@@ -66,7 +66,6 @@ class DeviceCopies:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._gathers: dict[tuple[DeviceSpec, int], Gather] = {}
-        self.bytes = 0
 
     @staticmethod
     def crosses(target: object, source: object) -> bool:
@@ -127,7 +126,6 @@ class DeviceCopies:
                 row_bytes=rows.row_bytes,
                 source_stride_bytes=rows.stride_bytes,
             )
-        self.bytes += target.numel() * target.element_size()
 
     def moved(
         self,

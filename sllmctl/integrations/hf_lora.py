@@ -23,12 +23,12 @@ from sllmctl.core.write.convert import convert
 from sllmctl.core.write.target import require_replaceable
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError
 from sllmctl.integrations.hf_build import listed, parse_dtype
+from sllmctl.integrations.hf_devices import PLACEMENTS
 from sllmctl.integrations.hf_save import ADAPTER_CONFIG, keep_others
 
 if TYPE_CHECKING:
     import torch
 
-_PLACEMENTS = (None, "auto", "balanced", "balanced_low_0", "sequential")
 _PREFIX = "base_model.model."
 """Of the names in an adapter's file, before those of the model's modules."""
 
@@ -212,7 +212,7 @@ def _place(model: Any, device_map: Any) -> object:
         )
     asked = device_map.values() if isinstance(device_map, Mapping) else [device_map]
     for device in asked:
-        if device not in _PLACEMENTS and [str(find_device(device))] != devices:
+        if device not in (None, *PLACEMENTS) and [str(find_device(device))] != devices:
             raise ConfigError(
                 f"device_map puts the adapter on `{device}`, but the model is on "
                 + ", ".join(devices),

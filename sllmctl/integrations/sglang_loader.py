@@ -13,7 +13,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from torch import nn
 
 from sllmctl.errors import ConfigError
-from sllmctl.integrations.engine_complete import require_complete
+from sllmctl.integrations.engine_complete import DRAFT_SHARED, require_complete
 from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 from sllmctl.integrations.engine_source import (
     EngineOptions,
@@ -29,8 +29,6 @@ log = logging.getLogger("sglang.srt.sllmctl")
 
 # They have defaults.
 _CACHE_SCALES = ("k_scale", "v_scale")
-# A draft model without them shares the target's.
-_DRAFT_SHARED = ("embed_tokens.weight", "lm_head.weight")
 
 
 class SllmLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -163,7 +161,7 @@ def _check_what_loads(
 
 def _optional(model: nn.Module, model_config: Any) -> Iterator[str]:
     """Names of parameters that keep their initial values where the checkpoint has none."""
-    shared = _DRAFT_SHARED if getattr(model_config, "is_draft_model", False) else ()
+    shared = DRAFT_SHARED if getattr(model_config, "is_draft_model", False) else ()
     for name, _ in model.named_parameters():
         if name.endswith((*_CACHE_SCALES, *shared)):
             yield name

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from sllmctl.errors import CheckpointError, ConfigError, SllmError
-from sllmctl.integrations.engine_complete import require_complete
+from sllmctl.integrations.engine_complete import DRAFT_SHARED, require_complete
 from sllmctl.integrations.engine_copy import InitialValues, WeightWrites
 from sllmctl.integrations.engine_rank import (
     RankKey,
@@ -39,8 +39,6 @@ log = logging.getLogger("vllm.sllmctl")
 
 # fbgemm builds it from the configuration. Source: vLLM 0.32, DefaultModelLoader.
 _CONFIG_BUILT = "input_scale_ub"
-# A draft model without them shares the target's. Source: vLLM 0.32, v1/spec_decode.
-_DRAFT_SHARED = ("embed_tokens.weight", "lm_head.weight")
 
 
 class SllmLoader(BaseModelLoader):  # type: ignore[misc]
@@ -253,7 +251,7 @@ def _optional(model: nn.Module, model_config: Any) -> Iterator[str]:
         if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
             for name, _ in module.named_parameters():
                 yield f"{prefix}.{name}" if prefix else name
-    shared = _DRAFT_SHARED if getattr(model_config, "runner_type", None) == "draft" else ()
+    shared = DRAFT_SHARED if getattr(model_config, "runner_type", None) == "draft" else ()
     for name, _ in model.named_parameters():
         if name.endswith((_CONFIG_BUILT, *shared)):
             yield name
