@@ -30,6 +30,7 @@ CONNECT_DEADLINE_S = 2.0
 HELLO_DEADLINE_S = 10.0  # waits for nothing but the store's turn
 ANSWER_DEADLINE_S = 60.0
 _SLICE_MS = 200
+_CROWDED_S = 0.005
 
 
 class StoreClient:
@@ -73,7 +74,7 @@ class StoreClient:
         """
         line = encode({**message, "fds": len(fds)} if fds else message)
         try:
-            sent = socket.send_fds(self._sock, [line], fds) if fds else self._sock.send(line)
+            sent = self._send_fds(line, fds) if fds else self._sock.send(line)
             if sent < len(line):  # nothing left to send must not notice that we were refused
                 self._sock.sendall(line[sent:])
         except OSError as exc:
@@ -83,6 +84,22 @@ class StoreClient:
                         close_fds(self.receive()[1])
             self.close()
             raise StoreUnreachable(f"the store is gone: {exc.strerror or exc}") from exc
+
+    def _send_fds(self, line: bytes, fds: Sequence[int]) -> int:
+        """Send as soon as the kernel takes it: a user's descriptors on their way have a limit.
+
+        It is ``RLIMIT_NOFILE``, which the ranks of an engine that load at once may reach together.
+        """
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while True:
+            try:
+                return socket.send_fds(self._sock, [line], fds)
+            except OSError as exc:
+                if exc.errno != errno.ETOOMANYREFS or time.monotonic() > deadline:
+                    raise
+                time.sleep(_CROWDED_S)
+                if self.watch is not None:
+                    self.watch()
 
     def send_shards(self, names: Sequence[str], fds: Sequence[int]) -> None:
         """Hand over open files, in as many messages as it takes."""

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 MAX_QUEUED_BYTES = 8 << 20
 HELLO_DEADLINE_S = 10.0
 SEND_DEADLINE_S = 30.0
+_TURN = 16
+"""Messages of one client that are handled before others get their turn."""
 
 
 class Connection:
@@ -66,12 +68,7 @@ class Connection:
     @property
     def busy(self) -> bool:
         """Whether an answer is still to come, or to be sent."""
-        return self._paused or bool(self._out)
-
-    @property
-    def holds_segments(self) -> bool:
-        """Whether segments wait to be sent."""
-        return any(segments for _, segments, _ in self._out)
+        return self._paused or bool(self._in or self._out)
 
     def greet(self, message: Message) -> None:
         """Answer a hello: the client has said it in time."""
@@ -112,6 +109,10 @@ class Connection:
             return
         self._on_writable()
 
+    def require_within(self, seconds: float, what: str) -> asyncio.TimerHandle:
+        """Drop the client after so long, unless the handle is cancelled before."""
+        return self._loop.call_later(seconds, self.end, f"{what} within {seconds:.0f} s")
+
     def refuse(self, exc: SllmError) -> None:
         """Answer a request with an error."""
         self.send({"event": "error", "kind": exc.kind, "message": str(exc), "hint": exc.hint})
@@ -124,9 +125,7 @@ class Connection:
     def resume(self) -> None:
         """Go on with what the client says."""
         self._paused = False
-        if not self.ended:
-            self._loop.add_reader(self._sock, self._on_readable)
-            self._handle_all()
+        self._handle_some()
 
     def fail(self, exc: Exception) -> None:
         """Drop the client for what it did, or for what went wrong here."""
@@ -153,14 +152,24 @@ class Connection:
         except (StoreError, OSError) as exc:
             self.fail(exc)
             return
-        self._handle_all()
+        self._handle_some()
 
-    def _handle_all(self) -> None:
+    def _handle_some(self) -> None:
+        """Answer what has come, and read on when all of it is answered."""
         try:
-            while self._in and not (self.ended or self._paused):
+            for _ in range(_TURN):
+                if not self._in or self.ended or self._paused:
+                    break
                 self._handle(*self._in.popleft())
         except Exception as exc:
             self.fail(exc)
+        if self.ended or self._paused:
+            return
+        if self._in:
+            self._loop.remove_reader(self._sock)
+            self._loop.call_soon(self._handle_some)
+        else:
+            self._loop.add_reader(self._sock, self._on_readable)
 
     def _on_writable(self) -> None:
         taken = 0

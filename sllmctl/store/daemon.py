@@ -8,7 +8,6 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
@@ -25,7 +24,7 @@ from sllmctl.store.files import open_named
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.lookups import Lookups
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import Message
+from sllmctl.store.protocol import Message, allow_descriptors
 from sllmctl.store.service import Service, Settings
 from sllmctl.store.session import Session
 
@@ -65,7 +64,8 @@ class Daemon:
             ConfigError: A model to preload is not there.
         """
         asyncio.set_event_loop(self._loop)
-        _raise_descriptor_limit()
+        # A segment takes two, a client one, a fill one a shard.
+        allow_descriptors()
         _hide_memory()
         lock = lock_socket(self.settings.socket_path)
         listener = listen(self.settings.socket_path, self.settings.group)
@@ -245,12 +245,6 @@ def listen(path: Path, group: int | None) -> socket.socket:
             hint="give another --socket, at most 107 bytes long, in a directory that you own",
         ) from exc
     return sock
-
-
-def _raise_descriptor_limit() -> None:
-    """A segment takes two descriptors, a client one, a fill one a shard: take all there are."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _hide_memory() -> None:

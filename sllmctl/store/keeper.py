@@ -21,6 +21,8 @@ from sllmctl.store.residency import Identity, Lease, Piece, StoredModel, choose_
 log = logging.getLogger(__name__)
 _FILLERS = 16
 _END_S = 5.0
+_HUNG_S = 80.0
+"""A filler that asks nothing for so long hangs, and not in a read, which has a deadline itself."""
 
 LOAD_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 
@@ -152,10 +154,18 @@ class Keeper:
         self._forget_if_empty(lease.model)
 
     def reassure(self) -> None:
-        """Let those who wait for a fill hear that it goes on, however slow the disk is."""
+        """Let those who wait for a fill hear that it goes on, however slow the disk is.
+
+        Of one that hangs they hear nothing: they give the store up, and try for themselves.
+        """
+        now = time.monotonic()
+        begun = [m.heard_s for m in self.models.values() if m.filling and m.heard_s is not None]
         for model in list(self.models.values()):
-            for lease in list(model.waiting):
-                lease.arrived([])
+            # Who waits for his turn waits for any of the others to move.
+            last = max(begun, default=now) if model.heard_s is None else model.heard_s
+            if now - last < _HUNG_S:
+                for lease in list(model.waiting):
+                    lease.arrived([])
 
     def evict(self, model: StoredModel) -> None:
         """Give a model's segments back.
@@ -221,10 +231,17 @@ class Keeper:
                 arrived = [(used[number], index) for number, index in pieces]
                 self.call_soon(lambda: self._arrived(model, arrived, progress))
 
+            model.heard_s = None
+
+            def stopped() -> bool:
+                model.heard_s = time.monotonic()
+                return self._stopping.is_set()
+
             def run() -> None:
                 try:
                     with self._turns:
-                        outcome = fill(work, full, self._stopping.is_set)
+                        stopped()
+                        outcome = fill(work, full, stopped)
                 except Exception as exc:
                     log.exception("filling `%s` failed", model.name)
                     outcome = Outcome(f"{type(exc).__name__}: {exc}", stuck=lambda: False)

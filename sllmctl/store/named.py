@@ -12,8 +12,10 @@ from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import CheckpointError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.delivery import Delivery
-from sllmctl.store.protocol import FILES_CHANGED, Message, close_fds
+from sllmctl.store.protocol import FILES_CHANGED, Message, allow_descriptors, close_fds
 from sllmctl.store.residency import Piece
+
+_SPARE_DESCRIPTORS = 64
 
 
 class NamedModel:
@@ -52,6 +54,7 @@ class NamedModel:
             except (KeyError, TypeError, ValueError) as exc:
                 raise StoreError("the store's list of files is invalid") from exc
             self.delivery = Delivery(client, attached, [size for _, size in self._shards])
+            allow_descriptors(sum(1 for _ in self.delivery.pieces()) + _SPARE_DESCRIPTORS)
             self._take_segments(progress)
             if self.delivery.reason == FILES_CHANGED:
                 raise CheckpointError(

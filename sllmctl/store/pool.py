@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sllmctl.core.units import format_size
 from sllmctl.errors import ConfigError, HostMemoryError
@@ -68,6 +68,7 @@ class Pool:
         self._all: list[Segment] = []
         self._warm: set[Segment] = set()  # those whose pages were supplied beforehand
         self._used: set[Segment] = set()  # those that held a model before
+        self._seen: set[Segment] = set()  # those that another user has had in his hands
         self._in_hand = False  # the prefaulter has one that is neither free nor given out
         self._wanted = False  # and is asked for it
 
@@ -128,20 +129,27 @@ class Pool:
         """Take a segment back; it is free once nobody sees it.
 
         Where the kernel does not tell, its memory ends with whoever sees it last, and another
-        takes its place.
+        takes its place; so it does where another user may have pages of it in a pipe.
         """
         self._used.add(segment)
-        if not segment.recyclable:
+        if segment.recyclable and segment.held:
+            self._orphans.append(segment)
+        elif not segment.recyclable or segment in self._seen:
             with self._changed:
                 self._all.remove(segment)
-                self._used.discard(segment)
-                self._warm.discard(segment)
+                for kind in (self._used, self._warm, self._seen):
+                    kind.discard(segment)
             segment.close()
-        elif segment.held:
-            self._orphans.append(segment)
         else:
             with self._changed:
                 self._free.append(segment)
+
+    def seen_by_others(self, segments: Iterable[Segment]) -> None:
+        """These are handed to another user: they are never filled with another model.
+
+        ``splice`` keeps pages of them in a pipe when nobody has the file open or mapped any more.
+        """
+        self._seen.update(segments)
 
     def abandon(self, segment: Segment, returned: Callable[[], bool]) -> None:
         """Take back a segment that a read may still write to, until that has returned."""

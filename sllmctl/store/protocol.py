@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import resource
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -128,6 +129,22 @@ class Decoder:
         """Close descriptors that no message took."""
         close_fds(self._fds)
         self._fds.clear()
+
+
+def allow_descriptors(more: int | None = None) -> None:
+    """Raise this process's soft limit of open files, so far as the hard one lets it.
+
+    Args:
+        more: How many it wants besides those that it has; None for as many as there are.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if more is None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return
+    wanted = len(os.listdir("/proc/self/fd")) + more
+    if soft not in (resource.RLIM_INFINITY, hard) and wanted > soft:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def close_fds(fds: Sequence[int] | deque[int]) -> None:

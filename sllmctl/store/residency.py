@@ -46,6 +46,7 @@ class StoredModel:
         warm: Segments that hold their bytes.
         coming: Segments that are being filled.
         filling: A filler is at work; it says so when it has ended, after its last segment.
+        heard_s: When that was last heard of, on the daemon's clock; None while it waits its turn.
         disk_bytes: What the last filling read from disk,
         cache_bytes: and what it found in the page cache.
         leases: Connections that use it.
@@ -63,6 +64,7 @@ class StoredModel:
     warm: dict[Piece, Segment] = field(default_factory=dict)
     coming: dict[Piece, Segment] = field(default_factory=dict)
     filling: bool = False
+    heard_s: float | None = None
     disk_bytes: int = 0
     cache_bytes: int = 0
     leases: set[Lease] = field(default_factory=set)

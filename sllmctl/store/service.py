@@ -108,13 +108,17 @@ class Service:
             },
         }
 
+    def own(self, uid: int) -> bool:
+        """Whether a user is the daemon's own, or root."""
+        return uid in (os.geteuid(), 0)
+
     def require_trusted(self, uid: int) -> None:
         """Names, and what others have warm, are the daemon's own user's business, and root's.
 
         Raises:
             StoreError: The client is another user, and not let in by ``--group``.
         """
-        if uid in (os.geteuid(), 0) or self.settings.group is not None:
+        if self.own(uid) or self.settings.group is not None:
             return
         raise StoreError(
             f"user {uid} may not ask for models by name",

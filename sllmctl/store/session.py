@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ from sllmctl.store.residency import Lease, Piece, StoredModel
 from sllmctl.store.service import Service
 
 log = logging.getLogger(__name__)
+ATTACH_DEADLINE_S = 30.0
 
 
 class Session:
@@ -39,6 +41,7 @@ class Session:
         self._greeted = False
         self._names: list[str] = []
         self._fds: list[int] = []
+        self._attach_by: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None
         self._connection = Connection(sock, self._handle, self._ended)
 
@@ -53,6 +56,8 @@ class Session:
         return self._connection.busy or (lease is not None and lease in lease.model.waiting)
 
     def _ended(self) -> None:
+        if self._attach_by is not None:
+            self._attach_by.cancel()
         close_fds(self._fds)
         self._fds = []
         if self._lease is not None:
@@ -78,9 +83,8 @@ class Session:
         requests: dict[object, Callable[[Message], None]] = {
             "attach": self._attach,
             "status": lambda _: self._connection.send(self._service.status()),
-            "warm": self._warm,
+            "warm": lambda message: self._use_name(message, hand_out=False),
             "evict": self._evict,
-            "detach": self._detach,
         }
         if name == "shards":
             self._take_shards(message, fds)
@@ -131,6 +135,10 @@ class Session:
             if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
                 raise StoreError(f"`{name}` is not open for reading")
         self._names += names
+        if self._attach_by is None:
+            self._attach_by = self._connection.require_within(
+                ATTACH_DEADLINE_S, "it sent shards, and no attach"
+            )
 
     def _attach(self, message: Message) -> None:
         if "name" in message:
@@ -141,13 +149,13 @@ class Session:
             raise StoreError("an attach without a label")
         if self._lease is not None or not self._fds or len(self._fds) != len(self._names):
             raise StoreError("one attach a connection, after its shards")
+        if self._attach_by is not None:
+            self._attach_by.cancel()
+            self._attach_by = None
         names, fds = self._names, self._fds
         self._names, self._fds = [], []
         storage = self._service.settings.storage
         self._look_up(lambda: take_files(storage, label, names, fds), self._use, fds)
-
-    def _warm(self, message: Message) -> None:
-        self._use_name(message, hand_out=False)
 
     def _use_name(self, message: Message, *, hand_out: bool) -> None:
         self._service.require_trusted(self._connection.uid)
@@ -267,20 +275,11 @@ class Session:
         for start in range(0, len(pieces) or 1, MAX_FDS):
             batch = pieces[start : start + MAX_FDS]
             segments = [model.warm[piece] for piece in batch] if hand_out else []
+            if not self._service.own(self._connection.uid):
+                self._keeper.pool.seen_by_others(segments)
             self._connection.send(
                 {"event": "ready", "pieces": batch, "warm_bytes": model.warm_bytes}, segments
             )
-
-    def _detach(self, _: Message) -> None:
-        if self._lease is not None:
-            self._keeper.release(self._lease)
-            self._lease = None
-        if self._connection.holds_segments:
-            # When they are sent, they may hold another model's bytes.
-            self._connection.end("it detached before it had taken its segments")
-        close_fds(self._fds)
-        self._names, self._fds = [], []
-        self._connection.send({"event": "detached"})
 
     def _evict(self, message: Message) -> None:
         self._service.require_trusted(self._connection.uid)

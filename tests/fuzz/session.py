@@ -91,10 +91,10 @@ def seeds() -> list[bytes]:
         + encode({"op": "shards", "names": ["model.safetensors"], "fds": 1})
         + encode({"op": "attach", "label": "gone"}),
         HELLO + encode({"op": "shards", "names": ["model.safetensors", "pipe"], "fds": 2}),
-        HELLO + encode({"op": "attach", "name": "gone"}) + encode({"op": "detach"}),
+        HELLO + encode({"op": "attach", "name": "gone"}),
         HELLO + encode({"op": "attach", "name": "org/model"}),
         HELLO + encode({"op": "warm", "name": "gone", "pin": True}),
         HELLO + encode({"op": "evict", "name": "org/model"}),
-        HELLO + encode({"op": "evict", "name": None}) + encode({"op": "detach"}),
+        HELLO + encode({"op": "evict", "name": None}),
         encode({"op": "hello", "version": 2}),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -192,3 +193,28 @@ def test_a_client_whose_descriptor_is_above_1023_is_answered(answer: Answer) -> 
     finally:
         close_fds(held)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_descriptors_for_which_too_many_are_on_their_way_are_sent_when_there_is_room(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    send, refused = socket.send_fds, []
+
+    def crowded(*args: Any) -> int:
+        if len(refused) < 3:
+            refused.append(args)
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+        return send(*args)
+
+    path = answer(HELLO, {"event": "attached"})
+    monkeypatch.setattr("sllmctl.store.client.socket.send_fds", crowded)
+    fd = os.open(tiny_checkpoint, os.O_RDONLY)
+    with StoreClient(path) as client:
+        client.send_shards(["m"], [fd])
+        assert client.receive()[0]["event"] == "attached"
+        monkeypatch.setattr("sllmctl.store.client.ANSWER_DEADLINE_S", 0.05)
+        refused[:] = []
+        monkeypatch.setattr("sllmctl.store.client._CROWDED_S", 0.1)
+        with pytest.raises(StoreUnreachable, match="Too many references"):
+            client.send_shards(["m"], [fd])
+    os.close(fd)

@@ -12,6 +12,7 @@ import pytest
 
 from sllmctl.native import Segment
 from sllmctl.store.connection import Connection
+from sllmctl.store.protocol import Message, encode
 
 SEGMENT = 2 * 2**20
 
@@ -78,3 +79,51 @@ def test_a_client_that_takes_nothing_is_dropped_however_often_it_is_told_more(
         await asyncio.wait_for(tell(), 10)
 
     with_connection(work)
+
+
+def test_a_client_that_says_much_at_once_lets_others_have_their_turn() -> None:
+    order: list[str] = []
+
+    def handle(message: Message, fds: list[int]) -> None:
+        order.append(message["op"])
+
+    async def run() -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        said = [encode({"op": "many"}) * 500, encode({"op": "one"})]
+        for (_, client), lines in zip(pairs, said, strict=True):
+            client.sendall(lines)
+        connections = [Connection(ours, handle, lambda: None) for ours, _ in pairs]
+        while len(order) < 501:
+            await asyncio.sleep(0)
+        for connection, (_, client) in zip(connections, pairs, strict=True):
+            connection.end()
+            client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert order.index("one") < 100
+
+
+def test_messages_that_come_while_one_waits_are_answered_in_their_order() -> None:
+    order: list[int] = []
+
+    async def run() -> None:
+        ours, client = socket.socketpair()
+
+        def handle(message: Message, fds: list[int]) -> None:
+            order.append(message["n"])
+            if message["n"] % 40 == 7:
+                connection.pause()
+                asyncio.get_running_loop().call_later(0.01, connection.resume)
+
+        connection = Connection(ours, handle, lambda: None)
+        for n in range(300):
+            client.sendall(encode({"n": n}))
+            if n % 50 == 0:
+                await asyncio.sleep(0)
+        while len(order) < 300:
+            await asyncio.sleep(0)
+        connection.end()
+        client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert order == list(range(300))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Callable
 
 import pytest
 
@@ -80,19 +80,28 @@ class TestHostileClients:
         limit = before + 2 * max(segments, 32)
         store.wait_for(lambda _: store.open_descriptors() <= limit)
 
-    def test_files_handed_over_before_a_detach_are_closed_and_no_part_of_the_next_attach(
-        self, store: RunningStore, make_model: MakeModel
+    def test_files_that_no_attach_follows_are_not_kept_for_ever(
+        self, start_store: Callable[..., RunningStore], make_model: MakeModel
     ) -> None:
+        store = start_store(
+            before="from sllmctl.store import session; session.ATTACH_DEADLINE_S = 1"
+        )
         shards = sorted(make_model("m").glob("*.safetensors"))
         fds = [os.open(shard, os.O_RDONLY) for shard in shards]
-        store.status()
-        with StoreClient(store.socket) as client:
-            before = store.open_descriptors()
-            client.send_shards([shard.name for shard in shards], fds)
-            client.ask({"op": "detach"})
-            assert store.open_descriptors() == before
-            client.send_shards([shards[0].name], fds[:1])
-            assert client.ask({"op": "attach", "label": "m"})["shards"] == 1
+        patient = StoreClient(store.socket)
+        patient.send_shards([shard.name for shard in shards], fds)
+        assert patient.ask({"op": "attach", "label": "m"})["shards"] == len(shards)
+        while patient.receive()[0]["event"] != "settled":
+            pass
+        store.wait_for(lambda status: status["pool"]["prefaulted_bytes"] >= 22 * 2 * MIB)
+        before = store.open_descriptors()
+        client = StoreClient(store.socket)
+        client.send_shards([shard.name for shard in shards], fds)
+        with pytest.raises(StoreUnreachable, match="closed the connection"):
+            client.receive()
+        store.wait_for(lambda _: store.open_descriptors() <= before + 1)  # who asks has one
+        assert patient.ask({"op": "status"})["leases"]
+        patient.close()
         for fd in fds:
             os.close(fd)
 
@@ -110,29 +119,3 @@ class TestRights:
             with pytest.raises(StoreError, match="is not open for reading"):
                 client.receive()
         os.close(fd)
-
-    def test_a_client_that_detaches_before_it_takes_its_segments_gets_none(
-        self, store: RunningStore, make_model: MakeModel
-    ) -> None:
-        """Sent later, they could hold another model's bytes by then."""
-        path = make_model("m")
-        load(store, path)
-        gc.collect()
-        shards = sorted(path.glob("*.safetensors"))
-        fds = [os.open(shard, os.O_RDONLY) for shard in shards]
-        client = StoreClient(store.socket)
-        client.send_shards([shard.name for shard in shards], fds)
-        for fd in fds:
-            os.close(fd)
-        for _ in range(1000):  # more answers than the socket takes
-            client.send({"op": "status"})
-        client.send({"op": "attach", "label": "m"})
-        client.send({"op": "detach"})
-        # Only when both have been handled is anything taken.
-        store.wait_for(lambda status: status["counters"]["loads"] == 2 and not status["leases"])
-        messages = []
-        with suppress(StoreUnreachable):
-            while True:
-                messages.append(client.receive())
-        assert {message["event"] for message, _ in messages} == {"status"}
-        assert not any(parts for _, parts in messages)

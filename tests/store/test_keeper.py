@@ -16,11 +16,11 @@ import pytest
 from sllmctl.errors import ReadError, StoreError
 from sllmctl.native import Job, Progress
 from sllmctl.store.files import ModelFiles, take_files
-from sllmctl.store.filler import Filling, fill
+from sllmctl.store.filler import Filling, Outcome, fill
 from sllmctl.store.keeper import Keeper
 from sllmctl.store.lookups import Lookups
 from sllmctl.store.pool import Pool
-from sllmctl.store.protocol import MAX_MESSAGE_BYTES, MAX_PARTS, MAX_SHARDS, encode
+from sllmctl.store.protocol import MAX_MESSAGE_BYTES, MAX_PARTS, MAX_SHARDS, close_fds, encode
 from sllmctl.store.residency import Lease, StoredModel
 from sllmctl.store.service import Service, Settings
 
@@ -83,6 +83,58 @@ def test_an_attach_between_the_last_segment_and_the_end_of_its_filler_starts_no_
     keeper.evict(lease.model)
     assert keeper.pool.available() == 3
     assert keeper.models == {}
+    keeper.close()
+
+
+def test_a_filler_that_hangs_outside_a_read_is_not_said_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients would wait for ever: an `open` of a dead server's file never returns."""
+    monkeypatch.setattr("sllmctl.store.keeper._HUNG_S", 0.3)
+    monkeypatch.setattr("sllmctl.store.keeper._FILLERS", 2)
+    hung, asks = threading.Event(), threading.Event()
+
+    def dead(work: Filling, full: object, stopped: Callable[[], bool]) -> Outcome:
+        while work.files[0][1] == "slow" and not asks.wait(0.01):
+            stopped()  # as a filler does while a disk is slow
+        hung.wait(30)
+        close_fds([fd for fd, _ in work.files])
+        return Outcome("it was dead")
+
+    monkeypatch.setattr("sllmctl.store.keeper.fill", dead)
+    held = Held()
+    keeper = Keeper(Pool(8 * SEGMENT, SEGMENT), held.call_soon)
+    heard: dict[str, int] = {"dead": 0, "slow": 0, "queued": 0}
+
+    def wait_for(name: str) -> Lease:
+        path = tmp_path / name
+        path.write_bytes(bytes(SEGMENT))
+        files = files_of(path)
+
+        def arrived(_: object) -> None:
+            heard[name] += 1
+
+        lease = keeper.attach(files, pid=1, arrived=arrived, settled=lambda _: None)
+        files.close()
+        return lease
+
+    deadline = time.monotonic() + 30
+    for name in ("dead", "slow"):
+        lease = wait_for(name)
+        while lease.model.heard_s is None:
+            assert time.monotonic() < deadline
+    wait_for("queued")
+    keeper.reassure()
+    assert heard == {"dead": 1, "slow": 1, "queued": 1}
+    time.sleep(0.5)
+    keeper.reassure()
+    assert heard == {"dead": 1, "slow": 2, "queued": 2}
+    asks.set()  # and now the disk of the slow one is dead too
+    time.sleep(0.5)
+    keeper.reassure()
+    assert heard == {"dead": 1, "slow": 2, "queued": 2}
+    hung.set()
+    held.deliver(3)
     keeper.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -67,6 +68,26 @@ def test_a_model_whose_files_are_gone_loads_from_warm_segments(
     loaded.tensors.clear()
     gc.collect()
     store.wait_for(lambda status: not status["leases"])
+
+
+def test_a_model_of_more_parts_than_a_process_may_open_files_loads_all_the_same(
+    start_store: Callable[..., RunningStore], make_model: MakeModel
+) -> None:
+    path = make_model("m", mib=40)
+    want = bytes_of(path)
+    store = start_store()
+    warm(store, "m")
+    shutil.rmtree(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, hard))
+    try:
+        loaded = load(store, "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_equal(loaded.tensors, want)
+    assert loaded.stats.store_bytes == loaded.stats.bytes
+    loaded.tensors.clear()
+    gc.collect()
 
 
 def test_a_model_whose_weights_alone_are_gone_loads_too(

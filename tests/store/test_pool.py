@@ -90,6 +90,23 @@ def test_a_segment_that_somebody_sees_is_an_orphan_until_nobody_does() -> None:
     assert pool.orphaned_bytes == 0
 
 
+def test_a_segment_that_another_user_has_seen_is_never_filled_again() -> None:
+    pool = Pool(2 * SEGMENT, SEGMENT)
+    seen, own = pool.obtain(2)
+    if not seen.recyclable:
+        pytest.skip("this kernel's leases do not tell who holds a segment")
+    pool.seen_by_others([seen])
+    fd = seen.reader()
+    pool.release(seen)
+    pool.release(own)
+    assert pool.orphaned_bytes == SEGMENT  # it counts for as long as anybody is known to have it
+    assert pool.available() == 1
+    os.close(fd)
+    assert pool.available() == 2
+    assert seen not in pool.obtain(2)
+    assert pool.orphaned_bytes == 0
+
+
 def test_nothing_of_an_earlier_model_is_left_behind_a_shorter_part() -> None:
     import ctypes
 

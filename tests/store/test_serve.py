@@ -351,7 +351,8 @@ def test_evict_all_leaves_what_is_pinned(store: RunningStore, make_model: MakeMo
         client.ask({"op": "warm", "name": "m", "pin": True})
         while client.receive()[0]["event"] != "settled":
             pass
-        client.ask({"op": "detach"})
+    store.wait_for(lambda status: not status["leases"])
+    with StoreClient(store.socket) as client:
         answer = client.ask({"op": "evict", "name": None})
         assert answer["bytes"] == 0
         assert answer["kept"] == ["`m` is pinned: name it to evict it"]

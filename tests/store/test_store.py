@@ -267,7 +267,8 @@ def test_a_client_hears_of_a_fill_that_takes_long(
             messages.append(client.receive(deadline_s=0.75)[0])
         assert messages[0] == {"event": "ready", "pieces": [], "warm_bytes": 0}
         assert messages[-1]["missing"] == []
-        client.ask({"op": "detach"})
+    store.wait_for(lambda status: not status["leases"])
+    with StoreClient(store.socket) as client:
         client.ask({"op": "evict", "name": "m"})
     assert_equal(load(store, path).tensors, path)
 

@@ -99,6 +99,49 @@ def test_members_of_the_group_may_use_names_and_nobody_else_connects(
     assert "Permission denied" in ask_as(STRANGER, [], store, STATUS)
 
 
+PEEK = f"""
+import encodings.idna, os, sys, subprocess
+from pathlib import Path
+from sllmctl.store.client import StoreClient
+{become(MEMBER, [GROUP])}
+client = StoreClient(Path(sys.argv[1]))
+client.send({{"op": "attach", "name": "m"}})
+fds = []
+while (message := client.receive())[0]["event"] != "settled":
+    if message[0]["event"] == "ready":
+        fds += message[1]
+out, into = os.pipe()
+assert all(os.splice(fd, into, 4096, offset_src=16384) == 4096 for fd in fds)
+seen = b"".join(os.pread(fd, 4096, 16384) for fd in fds)
+for fd in fds:
+    os.close(fd)
+client.close()
+print(len(fds), flush=True)
+sys.stdin.readline()
+print(os.read(out, len(seen)) == seen)
+"""
+
+
+def test_pages_that_another_user_keeps_in_a_pipe_never_become_another_models(
+    start_store: Callable[..., RunningStore], open_to_all: Path, make_model: MakeModel
+) -> None:
+    make_model("m"), make_model("secret", mib=8)
+    store = start_store("--group", str(GROUP), directory=open_to_all, pool="8MiB")
+    command = [sys.executable, "-c", PEEK, str(store.socket)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as member:
+        assert member.stdout is not None
+        assert int(member.stdout.readline()) > 1
+        store.wait_for(lambda status: not status["leases"])
+        for name in ("m", "secret"):  # into all the memory there is
+            with StoreClient(store.socket) as client:
+                request = {"op": "evict" if name == "m" else "warm", "name": name}
+                client.ask(request)
+                while name == "secret" and client.receive()[0]["event"] != "settled":
+                    pass
+        told, _ = member.communicate("go\n", timeout=60)
+    assert told.strip() == "True"
+
+
 def test_a_store_of_a_plain_user_serves_root_and_hides_itself_from_its_own(
     start_store: Callable[..., RunningStore], open_to_all: Path, make_model: MakeModel
 ) -> None:
