@@ -141,7 +141,7 @@ def allow_descriptors(more: int | None = None) -> None:
     if more is None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return
-    wanted = len(os.listdir("/proc/self/fd")) + more
+    wanted = sum(1 for _ in Path("/proc/self/fd").iterdir()) + more
     if soft not in (resource.RLIM_INFINITY, hard) and wanted > soft:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
