@@ -11,6 +11,7 @@ save_model(model, "./models/mine")
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sllmctl.api import StoreUse, start_load
@@ -18,7 +19,7 @@ from sllmctl.core.background import Loading
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.config import resolve_model
 from sllmctl.core.devices import DeviceSpec
-from sllmctl.errors import ConfigError
+from sllmctl.errors import CheckpointNotFound, ConfigError
 from sllmctl.integrations.hf_build import Skeleton, build_model, make_skeleton, parse_dtype
 from sllmctl.integrations.hf_devices import ModelPlaces, place_model, sole_device
 from sllmctl.integrations.hf_lora import load_lora, save_lora
@@ -107,9 +108,11 @@ def load_model(
     else:
         skeleton = prepare()
         if places is None:
-            places = place_model(
-                skeleton.model_class, skeleton.config, device_map, dtype, open_checkpoint(path)
-            )
+            stored = None
+            with suppress(CheckpointNotFound):  # the store alone may have it
+                # Of other settings than the checkpoint's own nobody knows what they make of it.
+                stored = open_checkpoint(path) if quantization_config is None else None
+            places = place_model(skeleton.model_class, skeleton.config, device_map, dtype, stored)
         with load(places) as loading:
             tensors = loading.wait().tensors
     if isinstance(places, ModelPlaces):

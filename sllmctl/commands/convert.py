@@ -187,7 +187,10 @@ def convert(
         from sllmctl.integrations.vllm_rank import describe_states, write_rank_states
 
         states = write_rank_states(
-            result.path, tensor_parallel_size=tensor_parallel_size or 1, engine_args=arguments
+            result.path,
+            tensor_parallel_size=tensor_parallel_size or 1,
+            engine_args=arguments,
+            verified=not no_verify and not result.already,
         )
         lines += [f"  {describe_states(states)}", f"  {states[0].parent}"]
     console.result(_document(result, states), quiet=result.path, human=lines)

@@ -36,7 +36,8 @@ class LoadOptions:
     Attributes:
         map_files: ``auto`` maps files that are in the page cache; ``never`` always copies;
             ``always`` maps every local file, for processes that share the page cache.
-        verify: Compare every byte with the digests of the conversion. Implies copying.
+        verify: Compare every byte with the digests of the conversion. Implies copying, unless files
+            are mapped ``always``.
         threads: Reader threads; 0 for the library's choice.
         chunk_bytes: Largest read, a multiple of 4096; 0 for the library's choice.
     """
@@ -166,6 +167,8 @@ def load(
         )
         stats.disk_bytes += brought
         stats.page_cache_bytes -= brought
+        if checks:
+            Verification.of_all([checks[n] for n, view in enumerate(views) if view is not None])
         if to_read or brought:
             stats.read_s = time.perf_counter() - planned
         built = time.perf_counter()

@@ -40,7 +40,9 @@ def map_shard(shard: Shard, fd: int, options: LoadOptions, least: float = 1.0) -
         least: How much of it has to be in the page cache, of 1.
     """
     nbytes = shard.size - shard.data_offset
-    if options.map_files == "never" or options.verify or nbytes == 0:
+    # What is verified is copied, or it might change afterwards; not for those who share it anyway.
+    copied = options.map_files == "never" or (options.verify and options.map_files != "always")
+    if copied or nbytes == 0:
         return None
     facts = probe_file(fd, str(shard.path), shard.data_offset, nbytes)
     missing = nbytes - facts.resident_bytes
@@ -62,7 +64,8 @@ def map_mostly(shard: Shard, fd: int, options: LoadOptions) -> View | None:
     """`map_shard` of what is in the page cache nearly whole, where there is room for the rest."""
     view = map_shard(shard, fd, options, _MOSTLY)
     if view is None or options.map_files == "always":
-        return view and View(view.memory, 0)
+        # Page faults bring in what is used; digests use all of it.
+        return view if view is None or options.verify else View(view.memory, 0)
     fits = not view.missing_bytes or view.missing_bytes <= available_memory_bytes() // 2
     return view if fits else None
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "rank_state"
 STATE_NAME = "rank_state.json"
+VERIFIED_NAME = "verified"
 FORMAT_VERSION = 2
 """Version 1 kept models whose load does more than fill their state."""
 _SHOWN = 4
@@ -95,9 +96,8 @@ def find_rank_state(key: RankKey, *, verified: bool = False) -> FoundModel:
             damaged.
     """
     if (key.path / MANIFEST_NAME).exists():
-        document = _describe(key.path)
-        _require_same(key, document["made_by"])
-        if verified and document["verified"] is not True:
+        _require_same(key, _made_by(key.path))
+        if verified and not (key.path / VERIFIED_NAME).exists():
             raise CheckpointError(
                 f"the rank state `{key.path}` is of a load that did not verify its checkpoint",
                 hint="load once with verify and rank_state=auto: it is written anew",
@@ -112,7 +112,7 @@ def find_rank_state(key: RankKey, *, verified: bool = False) -> FoundModel:
     reasons = []
     for other in others:
         with suppress(CheckpointError):  # a damaged one is no reason why none fits
-            reasons.append(differences(key.made_by, _describe(other.parent)["made_by"]))
+            reasons.append(differences(key.made_by, _made_by(other.parent)))
     nearest = min(reasons, key=len, default=["all of them are damaged"])
     raise CheckpointError(
         f"no rank state of `{key.model}` fits rank {key.rank}: "
@@ -122,19 +122,20 @@ def find_rank_state(key: RankKey, *, verified: bool = False) -> FoundModel:
     )
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _made_by(path: Path) -> dict[str, Any]:
     try:
         document = load_json((path / STATE_NAME).read_bytes(), STATE_NAME)
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {document['format_version']}")
-        if not isinstance(document["made_by"], dict) or "verified" not in document:
+        made_by = document["made_by"]
+        if not isinstance(made_by, dict):
             raise ValueError("it does not say what made it")
     except (OSError, ValueError, KeyError, CheckpointError) as exc:
         raise CheckpointError(
             f"damaged or outdated rank state `{path}`: {exc}",
             hint=f"remove `{path}`; it is made anew",
         ) from exc
-    return document
+    return made_by
 
 
 def _require_same(key: RankKey, made_by: Mapping[str, Any]) -> None:
@@ -171,10 +172,10 @@ def save_rank_state(
         "format_version": FORMAT_VERSION,
         "rank": key.rank,
         "made_by": dict(key.made_by),
-        "verified": verified,
     }
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    made = save_tensors(state_of(model), key.path, files={STATE_NAME: text.encode()})
+    files = {STATE_NAME: text.encode()} | ({VERIFIED_NAME: b""} if verified else {})
+    made = save_tensors(state_of(model), key.path, files=files)
     log.info(
         "rank state of %d tensors, %d bytes written to `%s` in %.1f s",
         made.tensors,
@@ -182,6 +183,15 @@ def save_rank_state(
         key.path,
         time.perf_counter() - started,
     )
+
+
+def mark_verified(path: Path) -> None:
+    """Note of a state that the checkpoint that it is of was found whole.
+
+    Raises:
+        OSError: That cannot be written.
+    """
+    (path / VERIFIED_NAME).touch()
 
 
 def fill_from_rank_state(

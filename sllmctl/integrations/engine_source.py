@@ -228,7 +228,7 @@ class EngineWeights:
         # One rank's verdict on the bytes that all share is enough, unless each may write a state.
         everyone = options.rank_state != "off"
         choice = LoadOptions.choose(verify=options.verify and (rank == 0 or everyone))
-        if ranks > 1 and choice.map_files == "auto" and not choice.verify:
+        if ranks > 1 and choice.map_files == "auto":
             choice = replace(choice, map_files="always")
         loaded = api.load(
             found.model,

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
-_EQUAL = (bool, int, float, complex, str, bytes, set, torch.dtype, torch.device, torch.Size)
-"""What is the same if it is equal; of anything else the very object has to be there."""
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -38,7 +37,8 @@ class Snapshot:
 
     Attributes:
         shapes: dtype, shape and kind of place of each tensor of the state.
-        beside: What modules have besides: attributes, and buffers that are not of the state.
+        beside: What modules have besides, attributes, and buffers that are not of the state: of
+            tensors a digest, of plain containers what they hold.
     """
 
     shapes: Mapping[str, tuple[Any, ...]]
@@ -46,20 +46,22 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        """Take one. What lies beside the state is copied, such as tables of angles."""
-        return cls(_shapes(model), {name: _copy(value) for name, value in _beside(model)})
+        """Take one. Tensors beside the state are read once, through host memory."""
+        digests = _Digests()
+        return cls(_shapes(model), {name: digests.held(value) for name, value in _beside(model)})
 
     def changes(self, model: nn.Module) -> list[str]:
         """Say what a load has changed that a fresh model would lack."""
-        now = dict(_beside(model))
-        names = [name for name in self.beside if name not in now]
+        now = Snapshot.of(model)
+        names = [name for name in self.beside if name not in now.beside]
         names += [
             name
-            for name, value in now.items()
-            if name not in self.beside or not _same(self.beside[name], value)
+            for name, value in now.beside.items()
+            # What holds nothing says nothing that a fresh model would miss.
+            if not (_same(self.beside[name], value) if name in self.beside else _empty(value))
         ]
         return [
-            *differences(self.shapes, _shapes(model)),
+            *differences(self.shapes, now.shapes),
             *(f"the load sets `{name}`" for name in sorted(names)),
         ]
 
@@ -90,23 +92,50 @@ def _beside(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{name}", value
 
 
-def _copy(value: Any) -> Any:
-    """A value as it is now: of tensors the bytes, of plain containers what they hold."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(map(_copy_of_tensor, value))
-    if type(value) is dict:
-        return {key: _copy_of_tensor(item) for key, item in value.items()}
-    return set(value) if type(value) is set else value
+class _Digests:
+    """Values as they are now, each memory of tensors read once: many modules may share one."""
+
+    def __init__(self) -> None:
+        self._of_memory: dict[tuple[int | None, int], str] = {}
+
+    def held(self, value: Any) -> Any:
+        """Of a tensor its bytes' digest, of a plain container the same of what it holds."""
+        if type(value) in (list, tuple):
+            return type(value)(map(self._of_tensor, value))
+        if type(value) is dict:
+            return {key: self._of_tensor(item) for key, item in value.items()}
+        return set(value) if type(value) is set else self._of_tensor(value)
+
+    def _of_tensor(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        layout = value.dtype, value.shape, value.stride(), value.storage_offset(), value.device
+        if value.is_meta:
+            return _Bytes((*layout, ""))
+        storage = value.untyped_storage()
+        key = storage_address(value), storage.nbytes()
+        if key not in self._of_memory:
+            whole = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+            self._of_memory[key] = xxhash.xxh3_128_hexdigest(whole.cpu().numpy().data)
+        return _Bytes((*layout, self._of_memory[key]))
 
 
-def _copy_of_tensor(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+class _Bytes(tuple[Any, ...]):
+    """What a tensor is and holds: equal for two that are the same."""
+
+    __slots__ = ()
+
+
+_EQUAL = (bool, int, float, complex, str, bytes, set, torch.dtype, torch.device, _Bytes)
+"""What is the same if it is equal; of anything else the very object has to be there."""
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple, dict, set)) and not value)
 
 
 def _same(before: Any, now: Any) -> bool:
-    """Whether a value is what its copy says; an object is the same if it is the very one."""
+    """Whether a value is what it was; an object is the same if it is the very one."""
     if type(before) is type(now) and type(now) in (list, tuple):
         return len(before) == len(now) and all(map(_same_item, before, now))
     if type(before) is type(now) is dict:
@@ -115,20 +144,9 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def _same_item(before: Any, now: Any) -> bool:
-    if isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor):
-        return _same_bytes(before, now)
     return before is now or (
         type(before) is type(now) and isinstance(now, _EQUAL) and bool(before == now)
     )
-
-
-def _same_bytes(before: torch.Tensor, now: torch.Tensor) -> bool:
-    if (before.dtype, before.shape, before.device) != (now.dtype, now.shape, now.device):
-        return False
-    if now.is_meta:
-        return True
-    first, second = (t.detach().contiguous().flatten().view(torch.uint8) for t in (before, now))
-    return torch.equal(first, second)
 
 
 def storage_address(tensor: torch.Tensor) -> int | None:

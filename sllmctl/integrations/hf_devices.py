@@ -27,6 +27,12 @@ PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 _ROOM = 0.9
 """How much of a device's free memory weights may fill: what follows a load needs some."""
 
+_KEPT_PACKED = ("awq", "bitsandbytes", "compressed-tensors", "gptq")
+"""Quantizations whose weights stay as they are stored, on every device.
+
+Those in eight bits with blocks, and MXFP4, become bfloat16 on an NPU. Source: transformers 5.24.
+"""
+
 _warmup_lock = threading.Lock()
 
 
@@ -106,7 +112,7 @@ def place_model(
         model = model_class(config)
     model.tie_weights()
     rename = _renaming(model)
-    if checkpoint is not None:
+    if checkpoint is not None and _stays_packed(config):
         _count_quantized_as_stored(model, checkpoint, rename)
     modules = (
         {name: _find(device) for name, device in device_map.items()}
@@ -155,8 +161,16 @@ def _whole_modules(
     return dict(walk(model, ""))
 
 
+def _stays_packed(config: Any) -> bool:
+    settings = getattr(config, "quantization_config", None) or {}
+    if not isinstance(settings, Mapping):
+        settings = settings.to_dict()
+    unpacks = settings.get("dequantize") or settings.get("run_compressed") is False
+    return settings.get("quant_method") in _KEPT_PACKED and not unpacks
+
+
 def _count_quantized_as_stored(
-    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]
+    model: Any, checkpoint: Checkpoint, rename: Callable[[str], str]
 ) -> None:
     """Have modules whose weights are quantized count as many bytes as the checkpoint has of them.
 
@@ -167,7 +181,9 @@ def _count_quantized_as_stored(
     stored: Counter[str] = Counter()
     quantized = set()
     for name, entry in checkpoint.tensors.items():
-        module = rename(f"{name.rpartition('.')[0]}.weight").rpartition(".")[0]
+        # `weight.absmax` lies beside `weight`, and `qweight` and `weight_packed` in its place.
+        stem = name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+        module = rename(f"{stem}.weight").rpartition(".")[0]
         stored[module] += entry.nbytes
         if entry.dtype not in ("F64", "F32", "F16", "BF16"):
             quantized.add(module)
@@ -178,6 +194,7 @@ def _count_quantized_as_stored(
                 part = torch.empty(nbytes, dtype=torch.uint8, device=parameter.device)
                 setattr(child, name, torch.nn.Parameter(part, requires_grad=False))
                 nbytes = 0  # the first counts for all
+    model.tie_weights()
 
 
 def _spread(model: Any, how: str, dtype: torch.dtype | str) -> dict[str, DeviceSpec]:

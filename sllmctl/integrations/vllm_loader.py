@@ -85,7 +85,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             if self._fill_from_rank_state(model, model_config):
                 return
             weights = self._open(model_config)
-            before = None if self._rank_key is None else Snapshot.of(model)
+            before = self._snapshot(model)
             with tasks_run_here(), WeightWrites(model) as writes:
                 loaded = model.load_weights(self._iterate(weights, model_config, model))
             require_complete(
@@ -207,15 +207,26 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         self._weights = self._open_whole(find_model(self._options, model_config.model))
         return False
 
+    def _snapshot(self, model: nn.Module) -> Snapshot | None:
+        """The model as it is; None if no state is to be written."""
+        if self._rank_key is None:
+            return None
+        try:
+            return Snapshot.of(model)
+        except Exception as exc:  # no memory, say; the load itself does without
+            log.warning("sllm: the rank state will not be written: %s", exc)
+            return None
+
     def _save_rank_state(
         self, key: RankKey, model: nn.Module, before: Snapshot, *, verified: bool
     ) -> None:
         try:
             require_plain_state(model)
             save_rank_state(key, model, before, verified=verified)
-        except SllmError as exc:
+        except Exception as exc:
             # The model is loaded, and serves; the next start loads as this one did.
-            log.warning("sllm: the rank state is not written: %s", with_hint(exc))
+            text = with_hint(exc) if isinstance(exc, SllmError) else f"{type(exc).__name__}: {exc}"
+            log.warning("sllm: the rank state is not written: %s", text)
         else:
             log.info(announce(key))
 

@@ -25,7 +25,7 @@ import xxhash
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.units import format_size
 from sllmctl.errors import CheckpointError, ConfigError
-from sllmctl.integrations.engine_rank import STATE_NAME, RankKey, checkpoint_digest
+from sllmctl.integrations.engine_rank import STATE_NAME, RankKey, checkpoint_digest, mark_verified
 from sllmctl.integrations.engine_source import FoundModel
 
 if TYPE_CHECKING:
@@ -166,7 +166,11 @@ def require_vllm() -> None:
 
 
 def write_rank_states(
-    path: Path, *, tensor_parallel_size: int, engine_args: Mapping[str, Any] | None = None
+    path: Path,
+    *,
+    tensor_parallel_size: int,
+    engine_args: Mapping[str, Any] | None = None,
+    verified: bool = False,
 ) -> list[Path]:
     """Start vLLM once, so that each of its ranks writes its state of a checkpoint.
 
@@ -174,6 +178,7 @@ def write_rank_states(
         path: The checkpoint.
         tensor_parallel_size: Number of ranks that share a stage of it.
         engine_args: Further arguments of vLLM's ``LLM``, as they will be when it serves.
+        verified: The checkpoint's bytes have just been compared with its digests.
 
     Returns:
         The states' directories, one a rank, of those that were there already too.
@@ -184,7 +189,7 @@ def write_rank_states(
             its log's last words.
     """
     require_vllm()
-    open_checkpoint(path)
+    before = checkpoint_digest(open_checkpoint(path))
     arguments = {
         "enforce_eager": True,
         **(engine_args or {}),
@@ -226,6 +231,9 @@ def write_rank_states(
             f"{len(written)} of {ranks} ranks)",
             hint="the end of its log: " + " | ".join(last),
         )
+    if verified and checkpoint_digest(open_checkpoint(path)) == before:
+        for state in written:
+            mark_verified(state)
     return sorted(written)
 
 
@@ -270,8 +278,7 @@ def main(arguments: dict[str, Any]) -> None:
 
     # The small ones suffice: nothing is asked of this engine.
     small = {"max_model_len": 128, "max_num_seqs": 1}
-    storage = str(Path(arguments["model"]).parent)
-    extra = {"rank_state": "auto", "storage_path": storage, "verify": True}
+    extra = {"rank_state": "auto", "storage_path": str(Path(arguments["model"]).parent)}
     LLM(**{**small, **arguments, "load_format": "sllm", "model_loader_extra_config": extra})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, ParsedShard, open_shards, parse_shard
@@ -12,10 +13,15 @@ from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import CheckpointError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.delivery import Delivery
-from sllmctl.store.protocol import FILES_CHANGED, Message, allow_descriptors, close_fds
+from sllmctl.store.protocol import FILES_CHANGED, MAX_FDS, Message, allow_descriptors, close_fds
 from sllmctl.store.residency import Piece
 
 _SPARE_DESCRIPTORS = 64
+
+
+def _allow(parts: int) -> None:
+    with suppress(OSError):  # the system does not say: the load may do with fewer parts, or none
+        allow_descriptors(parts + _SPARE_DESCRIPTORS)
 
 
 class NamedModel:
@@ -48,13 +54,14 @@ class NamedModel:
         self._stamps: list[tuple[int, int]] = []
         self._shards: list[tuple[str, int]] = []
         try:
+            _allow(MAX_FDS)  # the first parts may come with the answer
             attached = client.ask({"op": "attach", "name": name})
             try:
                 self._take_files(attached)
             except (KeyError, TypeError, ValueError) as exc:
                 raise StoreError("the store's list of files is invalid") from exc
             self.delivery = Delivery(client, attached, [size for _, size in self._shards])
-            allow_descriptors(sum(1 for _ in self.delivery.pieces()) + _SPARE_DESCRIPTORS)
+            _allow(sum(1 for _ in self.delivery.pieces()))
             self._take_segments(progress)
             if self.delivery.reason == FILES_CHANGED:
                 raise CheckpointError(

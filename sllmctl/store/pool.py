@@ -29,7 +29,8 @@ def choose_segment_bytes(pool_bytes: int) -> int:
 class Pool:
     """Segments that are free, given out, or orphaned: evicted, but still seen by some process.
 
-    Never more than the budget exists at a time, orphans included. Calls are of one thread, but
+    Never more than the budget exists at a time, orphans included, but for what is on its way back
+    to the system. Calls are of one thread, but
     for `prefault` and `complete`.
 
     Args:
@@ -69,6 +70,7 @@ class Pool:
         self._warm: set[Segment] = set()  # those whose pages were supplied beforehand
         self._used: set[Segment] = set()  # those that held a model before
         self._seen: set[Segment] = set()  # those that another user has had in his hands
+        self._closing: list[Segment] = []  # by a thread, which is there while this holds any
         self._in_hand = False  # the prefaulter has one that is neither free nor given out
         self._wanted = False  # and is asked for it
 
@@ -139,10 +141,30 @@ class Pool:
                 self._all.remove(segment)
                 for kind in (self._used, self._warm, self._seen):
                     kind.discard(segment)
-            segment.close()
+            self._close(segment)
         else:
             with self._changed:
                 self._free.append(segment)
+
+    def _close(self, segment: Segment) -> None:
+        """Give a segment's memory back to the system; elsewhere, for that takes 0.1 s a GB."""
+        with self._changed:
+            self._closing.append(segment)
+            if len(self._closing) > 1:
+                return
+
+        def run() -> None:
+            while True:
+                self._closing[0].close()
+                with self._changed:
+                    self._closing.pop(0)
+                    if not self._closing:
+                        return
+
+        try:
+            threading.Thread(target=run, name="sllm-close", daemon=True).start()
+        except RuntimeError:  # no thread can be had
+            run()
 
     def seen_by_others(self, segments: Iterable[Segment]) -> None:
         """These are handed to another user: they are never filled with another model.

@@ -135,10 +135,11 @@ class Session:
             if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
                 raise StoreError(f"`{name}` is not open for reading")
         self._names += names
-        if self._attach_by is None:
-            self._attach_by = self._connection.require_within(
-                ATTACH_DEADLINE_S, "it sent shards, and no attach"
-            )
+        if self._attach_by is not None:
+            self._attach_by.cancel()
+        self._attach_by = self._connection.require_within(
+            ATTACH_DEADLINE_S, "it sent shards, and no more, nor an attach"
+        )
 
     def _attach(self, message: Message) -> None:
         if "name" in message:

@@ -19,7 +19,7 @@ import sllmctl
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.errors import CheckpointError, ConfigError
 from sllmctl.integrations.hf_build import _require_scales, make_skeleton
-from sllmctl.integrations.hf_devices import _count_quantized_as_stored, _renaming
+from sllmctl.integrations.hf_devices import _count_quantized_as_stored, _renaming, _stays_packed
 from tests.integrations.compare import (
     V5,
     assert_same_model,
@@ -152,7 +152,12 @@ def test_a_device_has_to_hold_what_is_stored_of_a_quantized_weight(
         packs = torch.zeros(rows, columns // 8, dtype=torch.int32)
         return {"_packed": packs, "_scale": torch.zeros(rows, 2, dtype=torch.bfloat16)}
 
-    for kind in (fp8, packed) if name != "gpt2" else (packed,):
+    def four_bits(weight: torch.Tensor) -> Tensors:  # as bitsandbytes stores them
+        packs = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+        scales = torch.zeros(weight.numel() // 64)
+        return {"": packs, ".absmax": scales, ".quant_map": torch.zeros(16)}
+
+    for kind in (fp8, packed, four_bits) if name != "gpt2" else (packed, four_bits):
         path = quantize(name, kind, {})
         checkpoint = open_checkpoint(path)
         skeleton = make_skeleton(original(name))
@@ -163,6 +168,21 @@ def test_a_device_has_to_hold_what_is_stored_of_a_quantized_weight(
         sizes = compute_module_sizes(model, dtype=torch.bfloat16)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         assert checkpoint.nbytes <= sizes[""] <= checkpoint.nbytes + buffers
+
+
+@pytest.mark.parametrize(
+    ("settings", "packed"),
+    [
+        (None, False),
+        ({"quant_method": "gptq", "bits": 4}, True),
+        ({"quant_method": "compressed-tensors", "run_compressed": False}, False),
+        ({"quant_method": "compressed-tensors"}, True),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, False),
+        (transformers.AwqConfig(bits=4), True),
+    ],
+)
+def test_what_becomes_bfloat16_counts_as_such(settings: Any, packed: bool) -> None:
+    assert _stays_packed(SimpleNamespace(quantization_config=settings)) == packed
 
 
 @needs_compressed_tensors

@@ -212,7 +212,7 @@ def test_descriptors_for_which_too_many_are_on_their_way_are_sent_when_there_is_
     with StoreClient(path) as client:
         client.send_shards(["m"], [fd])
         assert client.receive()[0]["event"] == "attached"
-        monkeypatch.setattr("sllmctl.store.client.ANSWER_DEADLINE_S", 0.05)
+        monkeypatch.setattr("sllmctl.store.client._CROWDED_DEADLINE_S", 0.05)
         refused[:] = []
         monkeypatch.setattr("sllmctl.store.client._CROWDED_S", 0.1)
         with pytest.raises(StoreUnreachable, match="Too many references"):

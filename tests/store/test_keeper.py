@@ -90,49 +90,48 @@ def test_a_filler_that_hangs_outside_a_read_is_not_said_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clients would wait for ever: an `open` of a dead server's file never returns."""
-    monkeypatch.setattr("sllmctl.store.keeper._HUNG_S", 0.3)
     monkeypatch.setattr("sllmctl.store.keeper._FILLERS", 2)
-    hung, asks = threading.Event(), threading.Event()
+    hung = threading.Event()
 
-    def dead(work: Filling, full: object, stopped: Callable[[], bool]) -> Outcome:
-        while work.files[0][1] == "slow" and not asks.wait(0.01):
-            stopped()  # as a filler does while a disk is slow
-        hung.wait(30)
+    def fill_nothing(work: Filling, full: object, stopped: Callable[[], bool]) -> Outcome:
+        hung.wait(60)
         close_fds([fd for fd, _ in work.files])
         return Outcome("it was dead")
 
-    monkeypatch.setattr("sllmctl.store.keeper.fill", dead)
+    monkeypatch.setattr("sllmctl.store.keeper.fill", fill_nothing)
     held = Held()
     keeper = Keeper(Pool(8 * SEGMENT, SEGMENT), held.call_soon)
-    heard: dict[str, int] = {"dead": 0, "slow": 0, "queued": 0}
+    heard: list[str] = []
 
-    def wait_for(name: str) -> Lease:
+    def wait_for(name: str) -> StoredModel:
         path = tmp_path / name
         path.write_bytes(bytes(SEGMENT))
         files = files_of(path)
-
-        def arrived(_: object) -> None:
-            heard[name] += 1
-
-        lease = keeper.attach(files, pid=1, arrived=arrived, settled=lambda _: None)
+        lease = keeper.attach(
+            files, pid=1, arrived=lambda _: heard.append(name), settled=lambda _: None
+        )
         files.close()
-        return lease
+        return lease.model
 
-    deadline = time.monotonic() + 30
+    def those_that_go_on() -> set[str]:
+        heard.clear()
+        keeper.reassure()
+        return set(heard)
+
+    deadline = time.monotonic() + 60
+    begun = []
     for name in ("dead", "slow"):
-        lease = wait_for(name)
-        while lease.model.heard_s is None:
+        begun.append(wait_for(name))
+        while begun[-1].heard_s is None:
             assert time.monotonic() < deadline
-    wait_for("queued")
-    keeper.reassure()
-    assert heard == {"dead": 1, "slow": 1, "queued": 1}
-    time.sleep(0.5)
-    keeper.reassure()
-    assert heard == {"dead": 1, "slow": 2, "queued": 2}
-    asks.set()  # and now the disk of the slow one is dead too
-    time.sleep(0.5)
-    keeper.reassure()
-    assert heard == {"dead": 1, "slow": 2, "queued": 2}
+            time.sleep(0.001)
+    assert wait_for("queued").heard_s is None
+    assert those_that_go_on() == {"dead", "slow", "queued"}
+    dead, slow = begun
+    dead.heard_s = time.monotonic() - 81
+    assert those_that_go_on() == {"slow", "queued"}
+    slow.heard_s = time.monotonic() - 81
+    assert those_that_go_on() == set()
     hung.set()
     held.deliver(3)
     keeper.close()

@@ -193,13 +193,21 @@ def test_verify_finds_a_flipped_byte_and_the_second_rank_leaves_it_to_the_first(
 
     path = convert(storage / "org" / "tiny", tmp_path / "converted").path
     shard = path / "model.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     options = EngineOptions.parse({"verify": True})
     with pytest.raises(ChecksumMismatch, match=re.escape(str(shard))):
         open_weights(options, str(path))
     assert not open_weights(options, str(path), rank=1, ranks=2).stats.verified
+    # What it may keep as a state of its own, it compares itself.
+    keeping = EngineOptions.parse({"verify": True, "rank_state": "auto"})
+    with pytest.raises(ChecksumMismatch, match=r"model\.safetensors` is damaged between bytes 0"):
+        open_weights(keeping, str(path), rank=1, ranks=2)
+    shard.write_bytes(whole)
+    for rank in range(2):
+        stats = open_weights(keeping, str(path), rank=rank, ranks=2).stats
+        # Without a copy of the checkpoint for each rank.
+        assert stats.verified and stats.mapped_bytes == stats.bytes
 
 
 def test_what_a_load_did_fits_on_a_line(storage: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +80,25 @@ assert not {f"VLLM_LOGGING_{n}" for n in ("LEVEL", "STREAM", "CONFIG_PATH")} & {
 """
     engine(quiet + STATES.format(ranks=1))
     assert len(vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=1)) == 1
+
+
+def test_a_state_is_as_verified_as_its_checkpoint(checkpoint: Path, engine: Engine) -> None:
+    engine(STATES.format(ranks=1))
+    for verified in (False, True):
+        (state,) = vllm_rank.write_rank_states(
+            checkpoint, tensor_parallel_size=1, verified=verified
+        )
+        assert (state / "verified").exists() == verified
+        shutil.rmtree(state)
+
+
+def test_a_state_of_a_checkpoint_that_was_written_to_meanwhile_is_not_verified(
+    checkpoint: Path, engine: Engine
+) -> None:
+    touch = "import os\nos.utime(pathlib.Path(arguments['model'], 'model.safetensors'), ns=(5, 5))"
+    engine(STATES.format(ranks=1) + touch)
+    (state,) = vllm_rank.write_rank_states(checkpoint, tensor_parallel_size=1, verified=True)
+    assert not (state / "verified").exists()
 
 
 def test_a_draft_s_own_state_is_none_of_the_model_s(
