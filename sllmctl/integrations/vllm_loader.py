@@ -147,7 +147,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
         else:
             label = f"{self._options.label_for(found)}, {state.path.name if state.path else ''}"
             self._weights = EngineWeights(state, self._options, label=label)
-            log.info("sllm: `%s`: %s", state.model, describe(self._weights.stats))
+            _tell(self._weights, *_place())
         if self._options.model is not None:
             # Speculative decoding loads a second model, with these same options.
             self.load_config.model_loader_extra_config["model"] = {
@@ -158,13 +158,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
     def _open_whole(self, found: FoundModel) -> EngineWeights:
         rank, ranks = _place()
         weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
-        log.info(
-            "sllm: `%s`, process %d of %d here: %s",
-            found.model,
-            rank,
-            ranks,
-            describe(weights.stats),
-        )
+        _tell(weights, rank, ranks)
         return weights
 
     def _close(self) -> None:
@@ -252,6 +246,16 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
             return lambda name: False
         DefaultModelLoader._init_ep_weight_filter(self, model_config)
         return lambda name: bool(should_skip_weight(name, self.local_expert_ids))
+
+
+def _tell(weights: EngineWeights, rank: int, ranks: int) -> None:
+    log.info(
+        "sllm: `%s`, process %d of %d here: %s",
+        weights.found.model,
+        rank,
+        ranks,
+        describe(weights.stats),
+    )
 
 
 def _optional(model: nn.Module, model_config: Any) -> Iterator[str]:

@@ -32,6 +32,7 @@ class Workers:
     """The ranks of a tensor-parallel vLLM, which do every job together."""
 
     def __init__(self, ranks: int, directory: Path) -> None:
+        self._shared = f"sllm-tests-{os.getpid()}-{ranks}"  # names the ranks' shared memory
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("SLLMCTL_")},
             "OMP_NUM_THREADS": "1",
@@ -41,7 +42,7 @@ class Workers:
             "SLLMCTL_STORAGE_PATH": str(directory / "models"),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_DIST_IDENT": directory.name,  # an executor names its workers' shared memory
+            "VLLM_DIST_IDENT": self._shared,
             "VLLM_NO_USAGE_STATS": "1",
         }
         self.logs = [directory / f"rank{rank}of{ranks}.log" for rank in range(ranks)]
@@ -77,6 +78,8 @@ class Workers:
             process.stdin.close()
         for process in self._processes:
             process.wait(60)
+        for left in Path("/dev/shm").glob(f"{self._shared}*"):
+            left.unlink()
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
