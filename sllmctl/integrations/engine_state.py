@@ -47,7 +47,7 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
         """Take one. Tensors beside the state are read once, through host memory."""
-        digests = _Digests()
+        digests = _Digests(model)
         return cls(_shapes(model), {name: digests.held(value) for name, value in _beside(model)})
 
     def changes(self, model: nn.Module) -> list[str]:
@@ -74,28 +74,25 @@ def _shapes(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def _beside(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of all modules, by name, and of parameters; no tensor whose memory is the state's.
-
-    Attributes of parameters are what engines' loaders keep their notes in.
-    """
-    memory = {storage_address(tensor) for tensor in state_of(model).values()} - {None}
+    """Attributes of all modules, by name, and of parameters: engines' loaders keep notes there."""
     for prefix, module in model.named_modules():
         outside = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in {**vars(module), **outside}.items():
-            if name in _TORCHS_OWN or (
-                isinstance(value, torch.Tensor) and storage_address(value) in memory
-            ):
-                continue
-            yield f"{prefix}.{name}".lstrip("."), value
+            if name not in _TORCHS_OWN:
+                yield f"{prefix}.{name}".lstrip("."), value
     for prefix, parameter in model.named_parameters():
         for name, value in vars(parameter).items():
             yield f"{prefix}.{name}", value
 
 
 class _Digests:
-    """Values as they are now, each memory of tensors read once: many modules may share one."""
+    """Values as they are now, each memory of tensors read once: many modules may share one.
 
-    def __init__(self) -> None:
+    That of the state's tensors is not: it is what a load fills.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state = {storage_address(tensor) for tensor in state_of(model).values()} - {None}
         self._of_memory: dict[tuple[int | None, int], str] = {}
 
     def held(self, value: Any) -> Any:
@@ -110,7 +107,7 @@ class _Digests:
         if not isinstance(value, torch.Tensor):
             return value
         layout = value.dtype, value.shape, value.stride(), value.storage_offset(), value.device
-        if value.is_meta:
+        if value.is_meta or storage_address(value) in self._state:
             return _Bytes((*layout, ""))
         storage = value.untyped_storage()
         key = storage_address(value), storage.nbytes()

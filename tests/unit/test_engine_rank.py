@@ -177,6 +177,7 @@ class Noting(Tied):
         self.loaded: list[object] = []
         self.names = {"a": torch.ones(2)}
         self.same = self.embed.weight.detach()
+        self.all = [self.embed.weight, self.embed.weight[1:].detach()]
         self.register_buffer("angles", torch.full((2, 3), torch.nan), persistent=False)
         self.empty = torch.empty(0)
         self.conjugate = torch.zeros(2, dtype=torch.complex64).conj()
