@@ -58,6 +58,7 @@ class PageCache:
         except OSError:
             return
         self.dropped_everything = True
+        self._filled.clear()
 
     def make_hot(self, paths: Sequence[Path]) -> None:
         """Read files through the page cache, whole, until they are in it.

@@ -169,7 +169,7 @@ def load(
         stats.page_cache_bytes -= brought
         if checks:
             Verification.of_all([checks[n] for n, view in enumerate(views) if view is not None])
-        if to_read or brought:
+        if to_read or brought or checks:
             stats.read_s = time.perf_counter() - planned
         built = time.perf_counter()
         tensors = builder.build(checkpoint.tensors.values(), places)

@@ -209,6 +209,7 @@ class EngineWeights:
         *,
         rank: int = 0,
         ranks: int = 1,
+        keeps: bool = False,
         label: str | None = None,
     ) -> None:
         """Load from the store or from disk.
@@ -218,6 +219,7 @@ class EngineWeights:
             options: The user's.
             rank: Which of the processes on this machine that load the same model this one is.
             ranks: How many they are. They share the page cache, and each reads a part ahead.
+            keeps: It may write a state of what it loads: it compares the bytes itself.
             label: How the store shows the model; by its name when not given.
 
         Raises:
@@ -225,9 +227,8 @@ class EngineWeights:
             SllmError: As ``api.load`` raises them.
         """
         self.found = found
-        # One rank's verdict on the bytes that all share is enough, unless each may write a state.
-        everyone = options.rank_state != "off"
-        choice = LoadOptions.choose(verify=options.verify and (rank == 0 or everyone))
+        # One rank's verdict on the bytes that all share is enough for a load.
+        choice = LoadOptions.choose(verify=options.verify and (rank == 0 or keeps))
         if ranks > 1 and choice.map_files == "auto":
             choice = replace(choice, map_files="always")
         loaded = api.load(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from torch import nn
 
+_DEPTH = 4
+"""Containers within containers that are looked into."""
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -95,17 +97,20 @@ class _Digests:
         self._state = {storage_address(tensor) for tensor in state_of(model).values()} - {None}
         self._of_memory: dict[tuple[int | None, int], str] = {}
 
-    def held(self, value: Any) -> Any:
-        """Of a tensor its bytes' digest, of a plain container the same of what it holds."""
-        if type(value) in (list, tuple):
-            return type(value)(map(self._of_tensor, value))
-        if type(value) is dict:
-            return {key: self._of_tensor(item) for key, item in value.items()}
-        return set(value) if type(value) is set else self._of_tensor(value)
+    def held(self, value: Any, depth: int = _DEPTH) -> Any:
+        """Of a tensor its bytes' digest, of a container the same of what it holds."""
+        if isinstance(value, torch.Tensor):
+            return self._of_tensor(value)
+        if isinstance(value, (set, frozenset)):
+            return _Held(type(value), (frozenset(value),) if value else ())
+        if depth and isinstance(value, Mapping):
+            value = [part for item in value.items() for part in item]
+            return _Held(dict, tuple(self.held(part, depth - 1) for part in value))
+        if depth and isinstance(value, (list, tuple)):
+            return _Held(type(value), tuple(self.held(part, depth - 1) for part in value))
+        return value
 
-    def _of_tensor(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def _of_tensor(self, value: torch.Tensor) -> _Bytes:
         layout = value.dtype, value.shape, value.stride(), value.storage_offset(), value.device
         if value.is_meta or storage_address(value) in self._state:
             return _Bytes((*layout, ""))
@@ -123,24 +128,29 @@ class _Bytes(tuple[Any, ...]):
     __slots__ = ()
 
 
-_EQUAL = (bool, int, float, complex, str, bytes, set, torch.dtype, torch.device, _Bytes)
+class _Held(NamedTuple):
+    """A container's type, and what it holds, of a mapping keys and values in turn."""
+
+    kind: type
+    items: tuple[Any, ...]
+
+
+_EQUAL = (bool, int, float, complex, str, bytes, frozenset, torch.dtype, torch.device, _Bytes)
 """What is the same if it is equal; of anything else the very object has to be there."""
 
 
 def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (list, tuple, dict, set)) and not value)
+    return value is None or (isinstance(value, _Held) and not value.items)
 
 
 def _same(before: Any, now: Any) -> bool:
     """Whether a value is what it was; an object is the same if it is the very one."""
-    if type(before) is type(now) and type(now) in (list, tuple):
-        return len(before) == len(now) and all(map(_same_item, before, now))
-    if type(before) is type(now) is dict:
-        return list(before) == list(now) and all(map(_same_item, before.values(), now.values()))
-    return _same_item(before, now)
-
-
-def _same_item(before: Any, now: Any) -> bool:
+    if isinstance(before, _Held) and isinstance(now, _Held):
+        return (
+            before.kind is now.kind
+            and len(before.items) == len(now.items)
+            and all(map(_same, before.items, now.items))
+        )
     return before is now or (
         type(before) is type(now) and isinstance(now, _EQUAL) and bool(before == now)
     )

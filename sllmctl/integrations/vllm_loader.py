@@ -98,16 +98,14 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
                 optional=set(_optional(model, model_config)),
                 prefilled=self._initial.names(model),
             )
-            if self._rank_key is None or before is None:
-                return
-            if self._options.check != "full":
+            if self._rank_key is not None and self._options.check != "full":
                 # Filling from a state asks nothing any more.
                 log.warning(
                     'sllm: the rank state is not written: "check" is "%s", and a state is of a '
                     "model that is known to be whole",
                     self._options.check,
                 )
-            else:
+            elif self._rank_key is not None and before is not None:
                 self._save_rank_state(
                     self._rank_key, model, before, verified=weights.stats.verified
                 )
@@ -157,7 +155,8 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
 
     def _open_whole(self, found: FoundModel) -> EngineWeights:
         rank, ranks = _place()
-        weights = EngineWeights(found, self._options, rank=rank, ranks=ranks)
+        keeps = self._rank_key is not None and self._options.check == "full"
+        weights = EngineWeights(found, self._options, rank=rank, ranks=ranks, keeps=keeps)
         _tell(weights, rank, ranks)
         return weights
 
@@ -203,7 +202,7 @@ class SllmLoader(BaseModelLoader):  # type: ignore[misc]
 
     def _snapshot(self, model: nn.Module) -> Snapshot | None:
         """The model as it is; None if no state is to be written."""
-        if self._rank_key is None:
+        if self._rank_key is None or self._options.check != "full":
             return None
         try:
             return Snapshot.of(model)

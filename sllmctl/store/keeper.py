@@ -240,7 +240,8 @@ class Keeper:
             def run() -> None:
                 try:
                     with self._turns:
-                        stopped()
+                        stopped()  # it has its turn
+                        self.pool.wait_until_closed(stopped)
                         outcome = fill(work, full, stopped)
                 except Exception as exc:
                     log.exception("filling `%s` failed", model.name)

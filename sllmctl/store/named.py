@@ -20,7 +20,9 @@ _SPARE_DESCRIPTORS = 64
 
 
 def _allow(parts: int) -> None:
-    with suppress(OSError):  # the system does not say: the load may do with fewer parts, or none
+    with suppress(
+        OSError, ValueError
+    ):  # the system does not say: the load may do with fewer parts, or none
         allow_descriptors(parts + _SPARE_DESCRIPTORS)
 
 
@@ -54,7 +56,7 @@ class NamedModel:
         self._stamps: list[tuple[int, int]] = []
         self._shards: list[tuple[str, int]] = []
         try:
-            _allow(MAX_FDS)  # the first parts may come with the answer
+            _allow(MAX_FDS)  # files or parts may come with the answer
             attached = client.ask({"op": "attach", "name": name})
             try:
                 self._take_files(attached)
@@ -104,6 +106,7 @@ class NamedModel:
         return Span(shard, start, end, self.files[shard], path, start)
 
     def _take_files(self, attached: Message) -> None:
+        _allow(attached["shards"] + MAX_FDS)
         while len(self._shards) < attached["shards"]:
             message, fds = self.client.receive()
             self.files += fds

@@ -18,6 +18,7 @@ _SEGMENTS_WANTED = 16
 _PREFAULT_STEP_BYTES = 32 * MIB
 _PREFAULT_DEADLINE_S = 5.0
 _PREFAULT_RETRY_S = 1.0
+_CLOSED_POLL_S = 0.1
 
 
 def choose_segment_bytes(pool_bytes: int) -> int:
@@ -29,9 +30,8 @@ def choose_segment_bytes(pool_bytes: int) -> int:
 class Pool:
     """Segments that are free, given out, or orphaned: evicted, but still seen by some process.
 
-    Never more than the budget exists at a time, orphans included, but for what is on its way back
-    to the system. Calls are of one thread, but
-    for `prefault` and `complete`.
+    Never more than the budget is filled at a time, orphans included. Calls are of one thread, but
+    for `prefault`, `wait_until_closed` and `complete`.
 
     Args:
         pool_bytes: The budget.
@@ -158,6 +158,7 @@ class Pool:
                 self._closing[0].close()
                 with self._changed:
                     self._closing.pop(0)
+                    self._changed.notify_all()
                     if not self._closing:
                         return
 
@@ -165,6 +166,12 @@ class Pool:
             threading.Thread(target=run, name="sllm-close", daemon=True).start()
         except RuntimeError:  # no thread can be had
             run()
+
+    def wait_until_closed(self, stopped: Callable[[], bool]) -> None:
+        """Wait until the system has back what was given back: a full pool has no memory before."""
+        with self._changed:
+            while self._closing and not stopped():
+                self._changed.wait(_CLOSED_POLL_S)
 
     def seen_by_others(self, segments: Iterable[Segment]) -> None:
         """These are handed to another user: they are never filled with another model.
@@ -224,6 +231,7 @@ class Pool:
     def _supply(self, segment: Segment, stop: threading.Event) -> bool:
         """Supply a segment's pages, and give it back; False when there is no memory left."""
         whole = False
+        self.wait_until_closed(stop.is_set)
         try:
             for at in range(0, self.segment_bytes, _PREFAULT_STEP_BYTES):
                 if stop.is_set() or self._wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
+import json
 import mmap
 import os
 import shutil
@@ -140,6 +141,34 @@ def test_pages_that_another_user_keeps_in_a_pipe_never_become_another_models(
                     pass
         told, _ = member.communicate("go\n", timeout=60)
     assert told.strip() == "True"
+
+
+SLOW_CLOSE = """
+import time
+from sllmctl.native import Segment
+close = Segment.close
+Segment.close = lambda self: (time.sleep(0.3), close(self))[1]
+"""
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "memfd"])
+def test_memory_that_others_have_seen_is_back_before_it_is_filled_again(
+    start_store: Callable[..., RunningStore], open_to_all: Path, make_model: MakeModel, kind: str
+) -> None:
+    """A full tmpfs has no page for a segment whose predecessor is not gone yet."""
+    make_model("m", mib=12), make_model("n", mib=12, seed=1)
+    before = SLOW_CLOSE + (PLAIN_MEMORY if kind == "memfd" else "")
+    store = start_store("--group", str(GROUP), directory=open_to_all, pool="20MiB", before=before)
+    if store.status()["pool"]["backing"] != kind:
+        pytest.skip(f"this system has no {kind} with huge pages for the store")
+    store.wait_for(lambda status: status["pool"]["prefaulted_bytes"] == status["pool"]["bytes"])
+    for name in ("m", "n", "m"):
+        for _ in range(2):  # the second is handed what the first had filled
+            ask_as(MEMBER, [GROUP], store, json.dumps({"op": "attach", "name": name}))
+            store.wait_for(lambda status: all(m["state"] != "loading" for m in status["models"]))
+            status = store.wait_for(lambda status: not status["leases"])
+            assert [m["state"] for m in status["models"] if m["name"] == name] == ["warm"]
+    assert status["counters"]["evictions"] > 0
 
 
 def test_a_store_of_a_plain_user_serves_root_and_hides_itself_from_its_own(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ class Noting(Tied):
         self.own_head = False
         self.broadcast: torch.Tensor | None = None
         self.loaded: list[object] = []
-        self.names = {"a": torch.ones(2)}
+        self.names: dict[str, Any] = {"a": [torch.ones(2)], "size": torch.Size([1, 2])}
+        self.names["itself"] = self.names
         self.same = self.embed.weight.detach()
         self.all = [self.embed.weight, self.embed.weight[1:].detach()]
         self.register_buffer("angles", torch.full((2, 3), torch.nan), persistent=False)
@@ -226,7 +228,7 @@ def test_memory_that_many_modules_share_is_read_once(monkeypatch: pytest.MonkeyP
         ("own_head", lambda m: setattr(m, "own_head", True)),
         ("broadcast", lambda m: setattr(m, "broadcast", m.embed.weight.sum(dim=1))),
         ("loaded", lambda m: m.loaded.append("embed")),
-        ("names", lambda m: m.names["a"].zero_()),
+        ("names", lambda m: m.names["a"][0].zero_()),
         ("angles", lambda m: m.angles.data.fill_(1)),
         ("more", lambda m: m.register_buffer("more", torch.ones(1), persistent=False)),
         ("own_head", lambda m: delattr(m, "own_head")),

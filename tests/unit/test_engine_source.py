@@ -200,12 +200,11 @@ def test_verify_finds_a_flipped_byte_and_the_second_rank_leaves_it_to_the_first(
         open_weights(options, str(path))
     assert not open_weights(options, str(path), rank=1, ranks=2).stats.verified
     # What it may keep as a state of its own, it compares itself.
-    keeping = EngineOptions.parse({"verify": True, "rank_state": "auto"})
     with pytest.raises(ChecksumMismatch, match=r"model\.safetensors` is damaged between bytes 0"):
-        open_weights(keeping, str(path), rank=1, ranks=2)
+        open_weights(options, str(path), rank=1, ranks=2, keeps=True)
     shard.write_bytes(whole)
     for rank in range(2):
-        stats = open_weights(keeping, str(path), rank=rank, ranks=2).stats
+        stats = open_weights(options, str(path), rank=rank, ranks=2, keeps=True).stats
         # Without a copy of the checkpoint for each rank.
         assert stats.verified and stats.mapped_bytes == stats.bytes
 
