@@ -13,7 +13,14 @@ from sllmctl.core.progress import ProgressFn
 from sllmctl.errors import CheckpointError, StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.delivery import Delivery
-from sllmctl.store.protocol import FILES_CHANGED, MAX_FDS, Message, allow_descriptors, close_fds
+from sllmctl.store.protocol import (
+    FILES_CHANGED,
+    MAX_FDS,
+    MAX_SHARDS,
+    Message,
+    allow_descriptors,
+    close_fds,
+)
 from sllmctl.store.residency import Piece
 
 _SPARE_DESCRIPTORS = 64
@@ -106,7 +113,7 @@ class NamedModel:
         return Span(shard, start, end, self.files[shard], path, start)
 
     def _take_files(self, attached: Message) -> None:
-        _allow(attached["shards"] + MAX_FDS)
+        _allow(min(attached["shards"], MAX_SHARDS) + MAX_FDS)
         while len(self._shards) < attached["shards"]:
             message, fds = self.client.receive()
             self.files += fds
