@@ -56,14 +56,18 @@ class Session:
         return self._connection.busy or (lease is not None and lease in lease.model.waiting)
 
     def _ended(self) -> None:
-        if self._attach_by is not None:
-            self._attach_by.cancel()
+        self._await_attach(None)
         close_fds(self._fds)
         self._fds = []
         if self._lease is not None:
             self._keeper.release(self._lease)
         self._keeper.counters.errors += self._connection.failed
         self._on_end(self)
+
+    def _await_attach(self, deadline: asyncio.TimerHandle | None) -> None:
+        if self._attach_by is not None:
+            self._attach_by.cancel()
+        self._attach_by = deadline
 
     def _refuse(self, exc: SllmError) -> None:
         self._keeper.counters.errors += 1
@@ -135,10 +139,10 @@ class Session:
             if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
                 raise StoreError(f"`{name}` is not open for reading")
         self._names += names
-        if self._attach_by is not None:
-            self._attach_by.cancel()
-        self._attach_by = self._connection.require_within(
-            ATTACH_DEADLINE_S, "it sent shards, and no more, nor an attach"
+        self._await_attach(
+            self._connection.require_within(
+                ATTACH_DEADLINE_S, "it sent shards, and no more, nor an attach"
+            )
         )
 
     def _attach(self, message: Message) -> None:
@@ -150,9 +154,7 @@ class Session:
             raise StoreError("an attach without a label")
         if self._lease is not None or not self._fds or len(self._fds) != len(self._names):
             raise StoreError("one attach a connection, after its shards")
-        if self._attach_by is not None:
-            self._attach_by.cancel()
-            self._attach_by = None
+        self._await_attach(None)
         names, fds = self._names, self._fds
         self._names, self._fds = [], []
         storage = self._service.settings.storage
