@@ -12,7 +12,7 @@ import pytest
 from sllmctl.errors import StoreError, StoreUnreachable
 from sllmctl.store.client import StoreClient
 from sllmctl.store.protocol import encode
-from tests.store.conftest import MIB, RunningStore
+from tests.store.conftest import RunningStore
 from tests.store.test_store import MakeModel, assert_equal, load
 
 
@@ -75,10 +75,7 @@ class TestHostileClients:
         store.wait_for(lambda status: all(m["state"] != "loading" for m in status["models"]))
         assert_equal(load(store, path).tensors, path)
         gc.collect()
-        # A segment has two descriptors of its own, and stays.
-        segments = store.status()["pool"]["used_bytes"] // (2 * MIB)
-        limit = before + 2 * max(segments, 32)
-        store.wait_for(lambda _: store.open_descriptors() <= limit)
+        store.wait_for(lambda _: store.open_descriptors() <= before + 1)  # who asks has one
 
     def test_files_that_no_attach_follows_are_not_kept_for_ever(
         self, start_store: Callable[..., RunningStore], make_model: MakeModel
@@ -93,7 +90,6 @@ class TestHostileClients:
         assert patient.ask({"op": "attach", "label": "m"})["shards"] == len(shards)
         while patient.receive()[0]["event"] != "settled":
             pass
-        store.wait_for(lambda status: status["pool"]["prefaulted_bytes"] >= 22 * 2 * MIB)
         before = store.open_descriptors()
         client = StoreClient(store.socket)
         client.send_shards([shard.name for shard in shards], fds)

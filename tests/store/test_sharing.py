@@ -180,7 +180,7 @@ class TestKernelsBefore:
                 del loaded
                 gc.collect()
             assert last.store_bytes == last.bytes
-            descriptors.append(store.open_descriptors())
+            descriptors.append(store.open_descriptors(segments=True))
         assert_equal(kept, bytes_of(kept_path))
         pool = store.status()["pool"]
         assert pool["used_bytes"] <= pool["bytes"]

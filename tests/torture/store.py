@@ -98,7 +98,7 @@ def kill_clients(directory: Path, count: int, seed: int = 1) -> str:
         settled(store)
         for model in models:
             assert digest_through_store(store.socket, model)[0] == digest_of_files(model)
-        descriptors = store.open_descriptors()
+        descriptors = store.open_descriptors(segments=True)
         settled(store)
     finally:
         assert store.end() == 0
@@ -130,7 +130,7 @@ def churn(directory: Path, seconds: float, clients: int = 64) -> str:
     store = RunningStore(directory, pool=f"{3 * (MODEL_MIB + 4)}MiB")
     models = make_models(store.storage, 8)
     settled(store)
-    before, before_bytes = store.open_descriptors(), anonymous_bytes(store)
+    before, before_bytes = store.open_descriptors(segments=True), anonymous_bytes(store)
     running = [start_client(store, models) for _ in range(clients)]
     outputs = []
     try:
@@ -139,7 +139,7 @@ def churn(directory: Path, seconds: float, clients: int = 64) -> str:
             client.send_signal(signal.SIGKILL)
         outputs = [check_lines(client.communicate()[0]) for client in running]
         settled(store)
-        after, after_bytes = store.open_descriptors(), anonymous_bytes(store)
+        after, after_bytes = store.open_descriptors(segments=True), anonymous_bytes(store)
     finally:
         for client in running:
             client.kill()
