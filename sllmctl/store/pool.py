@@ -125,6 +125,7 @@ class Pool:
                 raise
             finally:
                 self._wanted = False
+                self._changed.notify_all()
         return segments
 
     def release(self, segment: Segment) -> None:
@@ -212,6 +213,8 @@ class Pool:
         """
         while not stop.is_set():
             with self._changed:
+                while self._wanted:  # else what was just given back would be taken again
+                    self._changed.wait(_PREFAULT_RETRY_S)
                 segment = next((one for one in self._free if one not in self._warm), None)
                 if segment is not None:
                     self._free.remove(segment)

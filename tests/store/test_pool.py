@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,13 @@ def test_a_models_parts_cover_every_byte_once() -> None:
     assert [stored.piece_bytes(piece) for piece in pieces] == [2 * MIB, 2 * MIB, MIB, 2 * MIB]
 
 
-def test_what_the_prefaulter_has_in_hand_is_had_back_for_who_asks() -> None:
+@pytest.mark.parametrize("delay_s", [number * 2e-4 for number in range(20)])
+def test_what_the_prefaulter_has_in_hand_is_had_back_for_who_asks(delay_s: float) -> None:
     pool = Pool(6 * SEGMENT, SEGMENT)
     stop = threading.Event()
     thread = threading.Thread(target=pool.prefault, args=(stop,))
     thread.start()
+    time.sleep(delay_s)
     assert len(pool.obtain(6)) == 6
     stop.set()
     thread.join()
