@@ -113,6 +113,23 @@ uint64_t sllm_memory_bytes(const sllm_memory *memory);
 int sllm_memory_writable(const sllm_memory *memory);
 
 /**
+ * Ask for huge pages in a view of a file. They come with what is read from then on, where the
+ * filesystem has them (ext4 since Linux 6.16, XFS since 5.18).
+ * @return 1 when the system takes the advice, else 0.
+ *
+ * Threads: one at a time a memory. Blocks: no.
+ */
+int sllm_memory_advise_huge(sllm_memory *memory);
+
+/**
+ * How many bytes of a range lie in huge pages of the system's size; 0 also where it does not tell
+ * (before Linux 6.7).
+ *
+ * Threads: any. Blocks: no.
+ */
+uint64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes);
+
+/**
  * Map a private, copy-on-write view of a descriptor over a part of memory that was created.
  *
  * It is how bytes that are in a segment already become part of a shard's memory.
@@ -404,11 +421,14 @@ typedef struct sllm_extent {
 
 #define SLLM_JOB_NO_DIRECT 1u /* never use O_DIRECT */
 #define SLLM_JOB_NO_CACHE 2u  /* do not ask the page cache: read everything directly */
+/* Each target is where sllm_memory_map() mapped the extent itself: its pages are brought into the
+ * page cache and the mapping, and nothing is copied. Host memory only. */
+#define SLLM_JOB_MAPPED 4u
 
 typedef struct sllm_job_options {
     uint64_t size;         /* sizeof(sllm_job_options) */
     uint64_t chunk_bytes;  /* largest read, a multiple of 4096; 0: 8 MiB */
-    uint32_t threads;      /* readers, 1 to 64; 0: 8 */
+    uint32_t threads;      /* readers, 1 to 64; 0: 16 */
     uint32_t flags;        /* SLLM_JOB_* */
     uint32_t stall_ms;     /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
     uint32_t device_count; /* length of devices; 0 for host memory alone */

@@ -37,6 +37,12 @@ static bool is_remote(unsigned long type)
     }
 }
 
+#ifndef MADV_POPULATE_READ /* Source: the kernel's asm-generic/mman-common.h, since 5.14 */
+#define MADV_POPULATE_READ 22
+#endif
+
+#define ASIDE_BYTES (64u << 10)
+
 #define TMPFS_TYPE 0x01021994UL
 #define RAMFS_TYPE 0x858458F6UL
 #define OVERLAYFS_TYPE 0x794C7630UL
@@ -297,6 +303,38 @@ sllm_status sllmi_source_read(sllmi_source *source, uint64_t offset, uint64_t by
         resident = sllmi_min(resident, bytes - done);
         counts->cache += resident;
         counts->disk += bytes - done - resident;
+    }
+    return status;
+}
+
+/* Read for the page cache alone: all of it lands in the same place. */
+static sllm_status read_aside(const sllmi_source *source, uint64_t offset, uint64_t bytes,
+                              sllm_error *err)
+{
+    char scratch[ASIDE_BYTES];
+    sllm_status status = SLLM_OK;
+    for (uint64_t done = 0; status == SLLM_OK && done < bytes; done += ASIDE_BYTES) {
+        status = read_cached(source, source->fd, offset + done,
+                             sllmi_min(bytes - done, ASIDE_BYTES), scratch, err);
+    }
+    return status;
+}
+
+sllm_status sllmi_source_bring_in(sllmi_source *source, uint64_t offset, uint64_t bytes,
+                                  char *mapped, sllmi_read_counts *counts, sllm_error *err)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t resident = sllmi_source_resident(source, offset, bytes, SLLMI_SAMPLE_BYTES, NULL);
+    uint64_t skew = (uintptr_t)mapped % page;
+    sllm_status status = SLLM_OK;
+    if (sllmi_sys.madvise(mapped - skew, sllmi_align_up(skew + bytes, page), MADV_POPULATE_READ) !=
+        0) {
+        /* Before Linux 5.14; or the disk fails, and a read tells where. */
+        status = read_aside(source, offset, bytes, err);
+    }
+    if (status == SLLM_OK) {
+        counts->cache += resident;
+        counts->disk += bytes - resident;
     }
     return status;
 }

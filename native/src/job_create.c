@@ -12,7 +12,7 @@
 #include "ring.h"
 
 #define DEFAULT_CHUNK_BYTES (8u << 20)
-#define DEFAULT_THREADS 8u
+#define DEFAULT_THREADS 16u
 #define DEFAULT_STALL_MS 60000u
 
 void sllmi_job_free(sllm_job *job)
@@ -58,6 +58,9 @@ static sllm_status check_options(const sllm_job_options *options, sllm_error *er
     if (options->threads > SLLMI_MAX_THREADS || options->device_count > SLLMI_MAX_DEVICES) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "%u threads and %u devices: at most %u each",
                           options->threads, options->device_count, SLLMI_MAX_THREADS);
+    }
+    if (options->device_count > 0 && (options->flags & SLLM_JOB_MAPPED) != 0) {
+        return sllmi_fail(err, SLLM_E_INVALID, 0, "a mapped file is no place on a device");
     }
     if (options->device_count > 0 && (options->devices == NULL || options->ring == NULL)) {
         return sllmi_fail(err, SLLM_E_INVALID, 0, "a load to a device needs devices and a ring");
@@ -170,9 +173,9 @@ static sllm_status open_sources(sllm_job *job, const sllm_file *files, uint32_t 
 {
     for (uint32_t i = 0; i < file_count; i++) {
         job->source_count = i + 1; /* a source that half opened is closed, too */
+        bool direct = (job->flags & (SLLM_JOB_NO_DIRECT | SLLM_JOB_MAPPED)) == 0;
         sllm_status status =
-            sllmi_source_open(files[i].fd, files[i].path, (job->flags & SLLM_JOB_NO_DIRECT) == 0,
-                              &job->sources[i], err);
+            sllmi_source_open(files[i].fd, files[i].path, direct, &job->sources[i], err);
         if (status == SLLM_OK && files[i].registered != NULL) {
             status = take_registered(job, i, files[i].registered, err);
         }

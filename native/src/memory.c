@@ -202,6 +202,21 @@ int sllm_memory_writable(const sllm_memory *memory)
     return memory != NULL && memory->writable;
 }
 
+int sllm_memory_advise_huge(sllm_memory *memory)
+{
+    return memory != NULL &&
+           sllmi_sys.madvise(memory->mapping, memory->mapping_bytes, MADV_HUGEPAGE) == 0;
+}
+
+uint64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes)
+{
+    if (memory == NULL || offset > memory->bytes || bytes > memory->bytes - offset) {
+        return 0;
+    }
+    int64_t huge = sllmi_sys.huge_bytes(memory->address + offset, bytes);
+    return huge < 0 ? 0 : (uint64_t)huge;
+}
+
 sllm_status sllm_memory_place(sllm_memory *memory, uint64_t offset, int fd, uint64_t fd_offset,
                               uint64_t bytes, sllm_error *err)
 {

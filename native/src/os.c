@@ -6,11 +6,14 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "align.h"
 
 /* Numbers and layouts that older headers lack. Source: the kernel's uapi headers. */
 #ifndef __NR_cachestat
@@ -18,6 +21,10 @@
 #endif
 #ifndef RWF_NOWAIT
 #define RWF_NOWAIT 0x00000008
+#endif
+#ifndef PAGEMAP_SCAN
+#define PAGEMAP_SCAN _IOC(_IOC_READ | _IOC_WRITE, 'f', 16, 96)
+#define PAGE_IS_HUGE (1u << 6)
 #endif
 
 /* Enough for the device runtimes that run on it; strict overcommit counts every byte. */
@@ -46,6 +53,44 @@ static int64_t os_cached_pages(int fd, uint64_t offset, uint64_t bytes)
         return -1;
     }
     return (int64_t)pages.cached;
+}
+
+static int64_t os_huge_bytes(const void *address, uint64_t bytes)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t start = (uintptr_t)address, end = start + bytes;
+    /* Source: linux/fs.h, PAGEMAP_SCAN. */
+    struct {
+        uint64_t start, end, categories;
+    } regions[16];
+    struct {
+        uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+        uint64_t inverted, mask, any_of, returned;
+    } scan = {.size = sizeof scan,
+              .start = sllmi_align_down(start, page),
+              .end = sllmi_align_up(end, page),
+              .vec = (uintptr_t)regions,
+              .vec_len = sizeof regions / sizeof regions[0],
+              .mask = PAGE_IS_HUGE,
+              .returned = PAGE_IS_HUGE};
+    int64_t huge = 0;
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return -1;
+    }
+    while (scan.start < scan.end) {
+        int found = ioctl(fd, PAGEMAP_SCAN, &scan);
+        if (found < 0 || scan.walk_end <= scan.start) {
+            huge = -1;
+            break;
+        }
+        for (int i = 0; i < found; i++) {
+            huge += (int64_t)(sllmi_min(regions[i].end, end) - sllmi_max(regions[i].start, start));
+        }
+        scan.start = scan.walk_end;
+    }
+    close(fd);
+    return huge;
 }
 
 /* Those that a thread's own faults raise: blocked, they would end the process without a handler's
@@ -95,6 +140,7 @@ sllmi_os sllmi_sys = {
     .madvise = madvise,
     .mprotect = mprotect,
     .mincore = mincore,
+    .huge_bytes = os_huge_bytes,
     .thread_create = os_thread_create,
     .alloc = os_alloc,
     .dlopen = dlopen,

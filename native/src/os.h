@@ -27,6 +27,8 @@ typedef struct sllmi_os {
     int (*madvise)(void *address, size_t bytes, int advice);
     int (*mprotect)(void *address, size_t bytes, int protection);
     int (*mincore)(void *address, size_t bytes, unsigned char *resident_out);
+    /* How many bytes of a range lie in huge pages. -1 and errno before Linux 6.7. */
+    int64_t (*huge_bytes)(const void *address, uint64_t bytes);
     int (*thread_create)(pthread_t *thread_out, void *(*run)(void *), void *argument);
     void *(*alloc)(size_t bytes); /* zeroed; ended with free() */
     void *(*dlopen)(const char *name, int flags);

@@ -70,7 +70,8 @@ class Way:
         file: A format of its own: a file in the scratch directory instead of the checkpoint.
         devices: Kinds that it loads to.
         lacks: Says why it cannot run, beyond that, or "".
-        maps: Which files it leaves in the page cache, instead of filling memory of its own.
+        maps: What needs no memory that is not filled yet: ``cached`` files, or ``all``, which a
+            store has.
     """
 
     name: str
@@ -255,7 +256,7 @@ OURS_MODEL = Way(
     maps="cached",
 )
 SAFETENSORS = Way(
-    "safetensors", _safetensors, package="safetensors", module="safetensors", maps="all"
+    "safetensors", _safetensors, package="safetensors", module="safetensors", maps="cached"
 )
 PREAD = Way(
     "safetensors pread",
@@ -275,7 +276,7 @@ TORCH_MMAP = Way(
     partial(_torch_load, mapped=True),
     package="torch",
     file=TORCH_FILE,
-    maps="all",
+    maps="cached",
 )
 TORCH = Way("torch.load", partial(_torch_load, mapped=False), package="torch", file=TORCH_FILE)
 FROM_PRETRAINED = Way(
@@ -284,7 +285,7 @@ FROM_PRETRAINED = Way(
     package="transformers",
     module="transformers",
     lacks=_no_config,
-    maps="all",
+    maps="cached",
 )
 RUNAI = Way(
     "Run:ai streamer",

@@ -47,7 +47,8 @@ def load(
         typer.Option(
             "--map",
             metavar="auto|never",
-            help="Map files that are in the page cache, or never map. [default: auto]",
+            help="Map files that are in the page cache, or come there in huge pages; or never map. "
+            "[default: auto]",
             show_default=False,
         ),
     ] = None,

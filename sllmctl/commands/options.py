@@ -22,7 +22,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         "--threads",
-        help="Reader threads, 1 to 64. [default: $SLLMCTL_THREADS, 8]",
+        help="Reader threads, 1 to 64. [default: $SLLMCTL_THREADS, 16, to a device 8]",
         show_default=False,
     ),
 ]

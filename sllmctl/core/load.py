@@ -15,7 +15,7 @@ from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.progress import ProgressFn
 from sllmctl.core.tensors import TensorBuilder
 from sllmctl.core.units import format_size, parse_size
-from sllmctl.core.views import View, bring_in, map_mostly
+from sllmctl.core.views import View, bring_in, map_shards
 from sllmctl.errors import CheckpointError, ConfigError, HostMemoryError
 from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, Progress
 
@@ -160,11 +160,7 @@ def load(
             now = _read(checkpoint.shards, fds, memories, to_read, checks, options, progress)
             stats.disk_bytes += now.bytes_disk
             stats.page_cache_bytes += now.bytes_cache
-        brought = bring_in(
-            list(zip(checkpoint.shards, fds, views, strict=True)),
-            threads=options.threads,
-            progress=progress,
-        )
+        brought = bring_in(views, threads=options.threads, progress=progress)
         stats.disk_bytes += brought
         stats.page_cache_bytes -= brought
         if checks:
@@ -243,7 +239,7 @@ def _place(
     shards: Sequence[Shard], fds: Sequence[int], options: LoadOptions, stats: LoadStats
 ) -> tuple[list[Memory], list[View | None]]:
     """Give each shard a view or fresh memory, which has to be read."""
-    views = [map_mostly(shard, fd, options) for shard, fd in zip(shards, fds, strict=True)]
+    views = map_shards(shards, fds, options)
     sizes = [shard.size - shard.data_offset for shard in shards]
     stats.mapped_bytes = sum(size for size, view in zip(sizes, views, strict=True) if view)
     stats.page_cache_bytes = stats.mapped_bytes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sllmctl.core.host import available_memory_bytes
 from sllmctl.core.progress import ProgressFn
-from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, probe_file
+from sllmctl.native import Extent, Job, Memory, probe_file
 
 if TYPE_CHECKING:
     from sllmctl.core.checkpoint import Shard
@@ -20,25 +21,38 @@ log = logging.getLogger(__name__)
 _MOSTLY = 3 / 4
 """With so much in the page cache, reading the rest into it takes less time than copying it all."""
 _PIECE_BYTES = 2 << 20
+"""A huge page. In more at once a thread waits for one of them after the other."""
+_LEAST_PIECES = 16
+"""A shard of less is not worth a look at what its filesystem can do."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
     """A shard's data as the page cache has it; ``missing_bytes`` of that are not there yet."""
 
+    shard: Shard
+    fd: int
     memory: Memory
     missing_bytes: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its data."""
+        return self.shard.size - self.shard.data_offset
 
-def map_shard(shard: Shard, fd: int, options: LoadOptions, least: float = 1.0) -> View | None:
-    """A view of a shard's data where that is a fair bet: local, and in the page cache.
+    @property
+    def mostly_there(self) -> bool:
+        """Whether little is missing."""
+        return self.missing_bytes <= (1 - _MOSTLY) * self.nbytes
 
-    Args:
-        shard: What is mapped.
-        fd: Its file, open.
-        options: Whether to map at all.
-        least: How much of it has to be in the page cache, of 1.
-    """
+
+def map_shard(shard: Shard, fd: int, options: LoadOptions) -> View | None:
+    """A view of a shard's data where that is a fair bet: local, and in the page cache."""
+    return _told(_map(shard, fd, options, least=1.0))
+
+
+def _map(shard: Shard, fd: int, options: LoadOptions, least: float) -> View | None:
+    """A view of a shard of which so much, of 1, is in the page cache."""
     nbytes = shard.size - shard.data_offset
     # What is verified is copied, or it might change afterwards; not for those who share it anyway.
     copied = options.map_files == "never" or (options.verify and options.map_files != "always")
@@ -51,35 +65,71 @@ def map_shard(shard: Shard, fd: int, options: LoadOptions, least: float = 1.0) -
     ):
         return None
     memory = Memory.map_file(fd, str(shard.path), shard.data_offset, nbytes)
-    if not memory.writable:
+    return View(shard, fd, memory, missing)
+
+
+def _told(view: View | None) -> View | None:
+    """The view, after a word of warning where it is needed."""
+    if view is not None and not view.memory.writable:
         log.warning(
             "`%s` is mapped read-only, since this machine does not overcommit memory: "
             "do not write to its tensors, or load with --map never",
-            shard.path,
+            view.shard.path,
         )
-    return View(memory, missing)
+    return view
 
 
-def map_mostly(shard: Shard, fd: int, options: LoadOptions) -> View | None:
-    """`map_shard` of what is in the page cache nearly whole, where there is room for the rest."""
-    view = map_shard(shard, fd, options, _MOSTLY)
-    if view is None or options.map_files == "always":
-        # Page faults bring in what is used; digests use all of it.
-        return view if view is None or options.verify else View(view.memory, 0)
-    fits = not view.missing_bytes or view.missing_bytes <= available_memory_bytes() // 2
-    return view if fits else None
+def map_shards(
+    shards: Sequence[Shard], fds: Sequence[int], options: LoadOptions
+) -> list[View | None]:
+    """Views of the shards that are loaded that way, for `bring_in`.
+
+    These are shards that the page cache has nearly whole, where there is room for the rest. Others
+    are, too, where the filesystem has huge pages: the disk then writes straight into them, which
+    takes less time than fresh memory, for that has to be cleared before.
+    """
+    views: list[View | None] = []
+    huge: dict[int, bool] = {}
+    room = available_memory_bytes()
+    roomy = sum(shard.size for shard in shards) <= room
+    for shard, fd in zip(shards, fds, strict=True):
+        view = _map(shard, fd, options, least=0.0 if roomy else _MOSTLY)
+        if view is not None and options.map_files == "always":
+            # Page faults bring in what is used; digests use all of it.
+            view = view if options.verify else View(shard, fd, view.memory, 0)
+        elif view is not None and view.mostly_there:
+            view = view if view.missing_bytes <= room // 2 else None
+        elif view is not None:
+            filesystem = os.fstat(fd).st_dev
+            if filesystem not in huge and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
+                huge[filesystem] = _has_huge_pages(view)
+            fit = huge.get(filesystem) and view.memory.writable and view.memory.advise_huge()
+            view = view if fit else None
+        views.append(_told(view))
+    return views
 
 
-def bring_in(
-    views: Sequence[tuple[Shard, int, View | None]],
-    *,
-    threads: int,
-    progress: ProgressFn | None,
-) -> int:
+def _has_huge_pages(view: View) -> bool:
+    """Try it: bring in one piece, and look at what it lies in."""
+    start = -(-view.shard.data_offset // _PIECE_BYTES) * _PIECE_BYTES
+    for piece in range(start, start + _LEAST_PIECES // 2 * _PIECE_BYTES, _PIECE_BYTES):
+        # Not one that lies in the page cache: it came there in another way.
+        if not probe_file(view.fd, str(view.shard.path), piece, _PIECE_BYTES).resident_bytes:
+            break
+    else:
+        return False
+    if not view.memory.advise_huge():
+        return False
+    _bring([(view, piece, _PIECE_BYTES)], threads=1, progress=None)
+    offset = piece - view.shard.data_offset
+    return view.memory.huge_bytes(offset, _PIECE_BYTES) == _PIECE_BYTES
+
+
+def bring_in(views: Sequence[View | None], *, threads: int, progress: ProgressFn | None) -> int:
     """Read what views lack into the page cache, so that no tensor has to wait for the disk.
 
     Args:
-        views: Shards, open files, and their views.
+        views: Those of `map_shards`.
         threads: Reader threads; 0 for the library's choice.
         progress: Called with stage ``read``.
 
@@ -89,28 +139,44 @@ def bring_in(
     Raises:
         ReadError: The disk fails, or a file changed.
     """
-    lacking = [(shard, fd) for shard, fd, view in views if view and view.missing_bytes]
-    holes = [
-        (number, offset, nbytes)
-        for number, (shard, fd) in enumerate(lacking)
-        for offset, nbytes in _holes(fd, str(shard.path), shard.data_offset, shard.size)
-    ]
-    if not holes:
-        return 0
-    # Read for the cache alone: all of it lands in the same place.
-    scratch = Memory.create(_PIECE_BYTES + PAGE_BYTES)
+    parts: list[tuple[View, int, int]] = []
+    missing = 0
+    for view in views:
+        if view is None or not view.missing_bytes:
+            continue
+        start, path = view.shard.data_offset, str(view.shard.path)
+        if view.mostly_there:
+            holes = _holes(view.fd, path, start, view.shard.size)
+            parts += [(view, offset, nbytes) for offset, nbytes in holes]
+        else:
+            parts.append((view, start, view.nbytes))
+            missing += view.missing_bytes
+    if parts:
+        _bring(parts, threads=threads, progress=progress)
+    return missing + sum(nbytes for view, _, nbytes in parts if view.mostly_there)
+
+
+def _bring(
+    parts: Sequence[tuple[View, int, int]], *, threads: int, progress: ProgressFn | None
+) -> None:
+    """Bring in ranges of files, from an offset so many bytes."""
+    files = list({view.fd: str(view.shard.path) for view, _, _ in parts}.items())
+    number = {fd: index for index, (fd, _) in enumerate(files)}
     extents = [
-        Extent(number, offset, nbytes, scratch.address + offset % PAGE_BYTES)
-        for number, offset, nbytes in holes
+        Extent(
+            number[view.fd], offset, nbytes, view.memory.address + offset - view.shard.data_offset
+        )
+        for view, offset, nbytes in parts
     ]
-    files = [(fd, str(shard.path)) for shard, fd in lacking]
-    with Job(files, extents, keep=scratch, threads=threads, direct=False) as job:
+    keep = [view.memory for view, _, _ in parts]
+    with Job(
+        files, extents, keep=keep, chunk_bytes=_PIECE_BYTES, threads=threads, mapped=True
+    ) as job:
         done = False
         while not done:
             done, now = job.wait()
             if progress is not None:
                 progress("read", now.bytes_done, now.bytes_total)
-    return now.bytes_total
 
 
 def _holes(fd: int, path: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -49,6 +49,8 @@ class Job:
         chunk_bytes: Largest read, a multiple of 4096; 0 for the library's own choice.
         threads: Readers; 0 for the library's own choice.
         direct: Whether reads may go around the page cache.
+        mapped: Whether each target is where `Memory.map_file` mapped the extent itself: it is
+            brought into the page cache and the mapping, and nothing is copied.
         registered: Of each file, in the same order, where devices copy from instead of from the
             ring; None, or nothing at all, for the ring.
         devices: What ``Extent.device`` counts; none for a load into host memory alone.
@@ -70,6 +72,7 @@ class Job:
         chunk_bytes: int = 0,
         threads: int = 0,
         direct: bool = True,
+        mapped: bool = False,
         registered: Sequence[Registered | None] = (),
         devices: Sequence[Device] = (),
         ring: Ring | None = None,
@@ -88,6 +91,7 @@ class Job:
         options.chunk_bytes = chunk_bytes
         options.threads = threads
         options.flags = 0 if direct else lib.SLLM_JOB_NO_DIRECT
+        options.flags |= lib.SLLM_JOB_MAPPED if mapped else 0
         c_devices = ffi.new("sllm_device *[]", [device._handle for device in devices])
         options.devices, options.device_count = c_devices, len(devices)
         options.ring = ffi.NULL if ring is None else ring._handle

@@ -78,6 +78,18 @@ class Memory:
         )
         return cls(out)
 
+    def advise_huge(self) -> bool:
+        """Ask for huge pages in a view of a file, for what is read from now on.
+
+        Returns:
+            Whether the system takes the advice.
+        """
+        return bool(lib.sllm_memory_advise_huge(self._handle))
+
+    def huge_bytes(self, offset: int, nbytes: int) -> int:
+        """How much of a range lies in huge pages; 0 also where the system does not tell."""
+        return int(lib.sllm_memory_huge_bytes(self._handle, offset, nbytes))
+
 
 class Segment:
     """A memory file that only this process can write; it ends with its last reference.

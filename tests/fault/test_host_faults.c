@@ -39,22 +39,18 @@ static bool first_half(uint64_t offset)
     return offset < 2 * CHUNK_BYTES;
 }
 
-static sllm_status run_job(sllm_memory *const *memories, sllm_error *err)
+static sllm_status run_job(const sllm_extent *extents, uint32_t count, uint32_t flags,
+                           sllm_error *err)
 {
     sllm_file names[FILES];
-    sllm_extent extents[FILES];
     for (uint32_t i = 0; i < FILES; i++) {
         names[i] = (sllm_file){.fd = files[i].fd, .path = files[i].path};
-        extents[i] = (sllm_extent){.file = i,
-                                   .device = -1,
-                                   .bytes = files[i].bytes,
-                                   .target = (uint64_t)(uintptr_t)sllm_memory_address(memories[i])};
     }
     const sllm_job_options options = {
-        .size = sizeof options, .chunk_bytes = CHUNK_BYTES, .threads = 2};
+        .size = sizeof options, .chunk_bytes = CHUNK_BYTES, .threads = 2, .flags = flags};
     sllm_job *job;
     sllm_progress progress;
-    sllm_status status = sllm_job_create(names, FILES, extents, FILES, &options, &job, err);
+    sllm_status status = sllm_job_create(names, FILES, extents, count, &options, &job, err);
     CHECK((status == SLLM_OK) == (job != NULL));
     if (status != SLLM_OK) {
         return status;
@@ -77,6 +73,15 @@ static sllm_status run_job(sllm_memory *const *memories, sllm_error *err)
     return status;
 }
 
+static sllm_extent place(uint32_t file, uint64_t offset, uint64_t bytes, const sllm_memory *memory)
+{
+    return (sllm_extent){.file = file,
+                         .device = -1,
+                         .offset = offset,
+                         .bytes = bytes,
+                         .target = (uint64_t)(uintptr_t)sllm_memory_address(memory)};
+}
+
 /* All that a program does on the host; the first failure. */
 static sllm_status load_all(sllm_error *err)
 {
@@ -94,13 +99,23 @@ static sllm_status load_all(sllm_error *err)
         status = sllm_memory_create(files[i].bytes, 0, &memories[i], err);
     }
     if (status == SLLM_OK) {
-        status = run_job(memories, err);
+        sllm_extent extents[FILES];
+        for (uint32_t i = 0; i < FILES; i++) {
+            extents[i] = place(i, 0, files[i].bytes, memories[i]);
+        }
+        status = run_job(extents, FILES, 0, err);
     }
     for (int i = 0; status == SLLM_OK && i < FILES; i++) {
         file_check(files[i].seed, 0, sllm_memory_address(memories[i]), files[i].bytes);
     }
     if (status == SLLM_OK) {
         status = sllm_memory_map(files[0].fd, files[0].path, 5, 50000, &view, err);
+    }
+    if (status == SLLM_OK) {
+        sllm_extent extent = place(0, 5, 50000, view);
+        (void)sllm_memory_advise_huge(view);
+        CHECK(sllm_memory_huge_bytes(view, 0, 50000) <= 50000);
+        status = run_job(&extent, 1, SLLM_JOB_MAPPED, err);
     }
     if (status == SLLM_OK) {
         file_check(files[0].seed, 5, sllm_memory_address(view), 50000);
@@ -153,6 +168,7 @@ static const struct fault_case {
     {SYSTEM_MADVISE, EINVAL, OK},
     {SYSTEM_MADVISE, ENOMEM, OK},
     {SYSTEM_MINCORE, ENOMEM, OK},
+    {SYSTEM_HUGE_BYTES, ENOTTY, OK},
     {SYSTEM_THREAD_CREATE, EAGAIN, OK | NOMEM},
     {SYSTEM_THREAD_CREATE, EPERM, OK | NOMEM},
     {SYSTEM_ALLOC, ENOMEM, NOMEM},

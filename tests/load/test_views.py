@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sllmctl.core import views
 from sllmctl.core.checkpoint import open_checkpoint
 from sllmctl.core.load import LoadOptions, LoadStats, load
-from sllmctl.native import FileFacts, probe_file
+from sllmctl.native import FileFacts, Memory, probe_file
 from tests.conftest import same_bits
 
 MIB = 1 << 20
@@ -50,19 +51,34 @@ def drop(path: Path, start_mib: int, mib: int) -> None:
 
 
 def check(path: Path, **options: object) -> LoadStats:
+    """Load, and compare with what safetensors finds, which reads all of the file."""
+    stats, loaded = load_and_tell(path, **options)
+    want = load_file(path / "model.safetensors")
+    assert all(same_bits(loaded[name], tensor) for name, tensor in want.items())
+    return stats
+
+
+def check_alone(path: Path) -> LoadStats:
+    """Load, and look at the first and the last element; nobody else reads the file."""
+    stats, loaded = load_and_tell(path)
+    if "t7" in loaded:
+        assert int(loaded["t0"].view(-1)[0]) == 0
+        assert int(loaded["t7"].view(-1)[-1]) == FILE_MIB * MIB // 8 - 1
+    return stats
+
+
+def load_and_tell(path: Path, **options: object) -> tuple[LoadStats, dict[str, torch.Tensor]]:
     told: list[tuple[int, int]] = []
     loaded = load(
         open_checkpoint(path),
         LoadOptions(**options),  # type: ignore[arg-type]
         progress=lambda _stage, done, total: told.append((done, total)),
     )
-    want = load_file(path / "model.safetensors")
     stats = loaded.stats
-    assert all(same_bits(loaded.tensors[name], tensor) for name, tensor in want.items())
     assert stats.disk_bytes + stats.page_cache_bytes == stats.bytes
     assert bool(told) == (stats.read_s > 0)
     assert not told or told[-1][0] == told[-1][1]
-    return stats
+    return stats, loaded.tensors
 
 
 def test_holes_in_a_resident_file_are_brought_in_and_the_file_is_mapped(big: Path) -> None:
@@ -78,12 +94,79 @@ def test_holes_in_a_resident_file_are_brought_in_and_the_file_is_mapped(big: Pat
     assert (again.disk_bytes, again.mapped_bytes, again.read_s) == (0, again.bytes, 0)
 
 
-def test_a_file_of_which_much_is_missing_is_read_around_the_cache(big: Path) -> None:
+def without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filesystem that has none; it is asked all the same."""
+    monkeypatch.setattr(Memory, "huge_bytes", lambda *_: 0)
+
+
+def with_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Memory, "advise_huge", lambda _: True)
+    monkeypatch.setattr(Memory, "huge_bytes", lambda _self, _offset, nbytes: nbytes)
+
+
+@pytest.mark.parametrize("dropped_mib", [32, FILE_MIB + 1])
+def test_where_there_are_no_huge_pages_what_is_missing_is_read_around_the_cache(
+    big: Path, monkeypatch: pytest.MonkeyPatch, dropped_mib: int
+) -> None:
+    without_huge_pages(monkeypatch)
     file = big / "model.safetensors"
-    drop(file, 0, 32)
-    stats = check(big)
+    drop(file, 0, dropped_mib)
+    stats = check_alone(big)
     assert stats.mapped_bytes == 0
-    assert stats.disk_bytes >= 24 * MIB
+    assert stats.disk_bytes >= min(dropped_mib, FILE_MIB) * MIB - 8 * MIB
+    # The attempt brought in a piece, and the kernel perhaps one more.
+    assert resident(file) <= (FILE_MIB - min(dropped_mib, FILE_MIB) + 6) * MIB
+
+
+@pytest.mark.parametrize("dropped_mib", [32, FILE_MIB + 1])
+def test_where_there_are_huge_pages_the_disk_writes_into_them_and_the_file_is_mapped(
+    big: Path, monkeypatch: pytest.MonkeyPatch, dropped_mib: int
+) -> None:
+    with_huge_pages(monkeypatch)
+    file = big / "model.safetensors"
+    drop(file, 0, dropped_mib)
+    stats = check_alone(big)
+    assert stats.mapped_bytes + stats.disk_bytes == stats.bytes
+    assert abs(stats.disk_bytes - min(dropped_mib, FILE_MIB) * MIB) <= 2 * MIB
+    assert resident(file) == file.stat().st_size
+
+
+def test_a_look_at_the_filesystem_finds_what_the_kernel_says_of_the_mapping(big: Path) -> None:
+    drop(big / "model.safetensors", 0, FILE_MIB + 1)
+    loaded = load(open_checkpoint(big), LoadOptions())
+    address = loaded.tensors["t0"].data_ptr()
+    huge_kib = 0
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            here = start <= address < end
+        elif here and line.startswith("FilePmdMapped:"):
+            huge_kib = int(line.split()[1])
+    mapped = loaded.stats.disk_bytes and resident(big / "model.safetensors") > FILE_MIB // 2 * MIB
+    assert (huge_kib * 1024 > FILE_MIB // 2 * MIB) == bool(mapped)
+
+
+def test_a_small_file_is_not_worth_a_look(
+    tmp_path: Path, make_cold: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_huge_pages(monkeypatch)
+    (tmp_path / "m").mkdir()
+    save_file({"t": torch.zeros(4 * MIB)}, file_of(tmp_path))
+    make_cold(tmp_path / "m")
+    if resident(file_of(tmp_path)):
+        pytest.skip("this filesystem keeps its files in memory")
+    assert check_alone(tmp_path / "m").mapped_bytes == 0
+    assert resident(file_of(tmp_path)) == 0
+
+
+def test_files_that_would_push_each_other_out_of_memory_are_not_brought_in(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_huge_pages(monkeypatch)
+    drop(big / "model.safetensors", 0, 32)
+    monkeypatch.setattr(views, "available_memory_bytes", lambda: FILE_MIB * MIB)
+    assert check(big).mapped_bytes == 0
 
 
 @pytest.mark.parametrize("options", [{"map_files": "never"}, {"map_files": "always"}])

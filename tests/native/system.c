@@ -14,9 +14,9 @@
 #define PAGE 4096u
 
 const char *const system_call_names[SYSTEM_CALLS] = {
-    "open",         "close",         "fstat", "fstatfs", "fadvise", "pread",
-    "pread_nowait", "cached_pages",  "mmap",  "munmap",  "madvise", "mprotect",
-    "mincore",      "thread_create", "alloc", "dlopen",  "dlsym"};
+    "open",         "close",        "fstat",         "fstatfs", "fadvise", "pread",
+    "pread_nowait", "cached_pages", "mmap",          "munmap",  "madvise", "mprotect",
+    "mincore",      "huge_bytes",   "thread_create", "alloc",   "dlopen",  "dlsym"};
 
 static sllmi_os real;
 static _Atomic uint64_t calls[SYSTEM_CALLS];
@@ -191,6 +191,11 @@ static int test_mincore(void *address, size_t bytes, unsigned char *resident_out
     return real.mincore(address, bytes, resident_out);
 }
 
+static int64_t test_huge_bytes(const void *address, uint64_t bytes)
+{
+    return fails(SYSTEM_HUGE_BYTES) ? -1 : real.huge_bytes(address, bytes);
+}
+
 static int test_thread_create(pthread_t *thread_out, void *(*run)(void *), void *argument)
 {
     return fails(SYSTEM_THREAD_CREATE) ? errno : real.thread_create(thread_out, run, argument);
@@ -234,6 +239,7 @@ void system_start(void)
         .madvise = test_madvise,
         .mprotect = test_mprotect,
         .mincore = test_mincore,
+        .huge_bytes = test_huge_bytes,
         .thread_create = test_thread_create,
         .alloc = test_alloc,
         .dlopen = test_dlopen,
