@@ -160,7 +160,7 @@ def load(
             now = _read(checkpoint.shards, fds, memories, to_read, checks, options, progress)
             stats.disk_bytes += now.bytes_disk
             stats.page_cache_bytes += now.bytes_cache
-        brought = bring_in(views, threads=options.threads, progress=progress)
+        brought = bring_in(views, options, progress)
         stats.disk_bytes += brought
         stats.page_cache_bytes -= brought
         if checks:

@@ -102,14 +102,14 @@ def map_shards(
         elif view is not None:
             filesystem = os.fstat(fd).st_dev
             if filesystem not in huge and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
-                huge[filesystem] = _has_huge_pages(view)
+                huge[filesystem] = _has_huge_pages(view, options)
             fit = huge.get(filesystem) and view.memory.writable and view.memory.advise_huge()
             view = view if fit else None
         views.append(_told(view))
     return views
 
 
-def _has_huge_pages(view: View) -> bool:
+def _has_huge_pages(view: View, options: LoadOptions) -> bool:
     """Try it: bring in one piece, and look at what it lies in."""
     start = -(-view.shard.data_offset // _PIECE_BYTES) * _PIECE_BYTES
     for piece in range(start, start + _LEAST_PIECES // 2 * _PIECE_BYTES, _PIECE_BYTES):
@@ -120,17 +120,19 @@ def _has_huge_pages(view: View) -> bool:
         return False
     if not view.memory.advise_huge():
         return False
-    _bring([(view, piece, _PIECE_BYTES)], threads=1, progress=None)
+    _bring([(view, piece, _PIECE_BYTES)], options)
     offset = piece - view.shard.data_offset
     return view.memory.huge_bytes(offset, _PIECE_BYTES) == _PIECE_BYTES
 
 
-def bring_in(views: Sequence[View | None], *, threads: int, progress: ProgressFn | None) -> int:
+def bring_in(
+    views: Sequence[View | None], options: LoadOptions, progress: ProgressFn | None = None
+) -> int:
     """Read what views lack into the page cache, so that no tensor has to wait for the disk.
 
     Args:
         views: Those of `map_shards`.
-        threads: Reader threads; 0 for the library's choice.
+        options: Of the load.
         progress: Called with stage ``read``.
 
     Returns:
@@ -152,12 +154,12 @@ def bring_in(views: Sequence[View | None], *, threads: int, progress: ProgressFn
             parts.append((view, start, view.nbytes))
             missing += view.missing_bytes
     if parts:
-        _bring(parts, threads=threads, progress=progress)
+        _bring(parts, options, progress)
     return missing + sum(nbytes for view, _, nbytes in parts if view.mostly_there)
 
 
 def _bring(
-    parts: Sequence[tuple[View, int, int]], *, threads: int, progress: ProgressFn | None
+    parts: Sequence[tuple[View, int, int]], options: LoadOptions, progress: ProgressFn | None = None
 ) -> None:
     """Bring in ranges of files, from an offset so many bytes."""
     files = list({view.fd: str(view.shard.path) for view, _, _ in parts}.items())
@@ -170,7 +172,12 @@ def _bring(
     ]
     keep = [view.memory for view, _, _ in parts]
     with Job(
-        files, extents, keep=keep, chunk_bytes=_PIECE_BYTES, threads=threads, mapped=True
+        files,
+        extents,
+        keep=keep,
+        chunk_bytes=options.chunk_bytes or _PIECE_BYTES,
+        threads=options.threads,
+        mapped=True,
     ) as job:
         done = False
         while not done:

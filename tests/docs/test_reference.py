@@ -20,6 +20,7 @@ import sllmctl.transformers
 from docs import c_api, generate
 from sllmctl import cli
 from sllmctl.core.dtypes import DTYPE_BITS
+from sllmctl.core.rings import READERS
 
 REFERENCE = generate.REFERENCE
 STALE = "stale: run `python -m docs.generate`"
@@ -131,10 +132,10 @@ def test_defaults_in_the_environment_page_are_those_of_the_native_library() -> N
     header = c_api.HEADER.read_text()
     (threads,) = re.findall(r"threads;\s+/\* readers, 1 to 64; 0: (\d+) \*/", header)
     (chunk,) = re.findall(r"chunk_bytes;\s+/\* .*?; 0: (\d+) MiB \*/", header)
-    assert f"1 to 64; `load --threads` | {threads} |" in page
+    assert f"1 to 64; `load --threads` | {threads}, to a device {READERS} |" in page
     assert f"`load --chunk-size` | `{chunk}MiB` |" in page
     help_of_load = generate.cli_page()
-    assert f"`$SLLMCTL_THREADS`, `{threads}` |" in help_of_load
+    assert f"`$SLLMCTL_THREADS`, `{threads}`, to a device {READERS} |" in help_of_load
     assert f"`$SLLMCTL_CHUNK_SIZE`, `{chunk}MiB` |" in help_of_load
 
 
