@@ -48,24 +48,24 @@ class View:
 
 def map_shard(shard: Shard, fd: int, options: LoadOptions) -> View | None:
     """A view of a shard's data where that is a fair bet: local, and in the page cache."""
-    return _told(_map(shard, fd, options, least=1.0))
+    view = _map(shard, fd, options)
+    if view is not None and view.missing_bytes and options.map_files != "always":
+        return None
+    return _told(view)
 
 
-def _map(shard: Shard, fd: int, options: LoadOptions, least: float) -> View | None:
-    """A view of a shard of which so much, of 1, is in the page cache."""
+def _map(shard: Shard, fd: int, options: LoadOptions) -> View | None:
+    """A view of a local shard, if anybody can tell how much of it is in the page cache."""
     nbytes = shard.size - shard.data_offset
     # What is verified is copied, or it might change afterwards; not for those who share it anyway.
     copied = options.map_files == "never" or (options.verify and options.map_files != "always")
     if copied or nbytes == 0:
         return None
     facts = probe_file(fd, str(shard.path), shard.data_offset, nbytes)
-    missing = nbytes - facts.resident_bytes
-    if not facts.local or not (
-        options.map_files == "always" or (facts.residency_known and missing <= (1 - least) * nbytes)
-    ):
+    if not facts.local or not (facts.residency_known or options.map_files == "always"):
         return None
     memory = Memory.map_file(fd, str(shard.path), shard.data_offset, nbytes)
-    return View(shard, fd, memory, missing)
+    return View(shard, fd, memory, nbytes - facts.resident_bytes)
 
 
 def _told(view: View | None) -> View | None:
@@ -90,21 +90,23 @@ def map_shards(
     """
     views: list[View | None] = []
     huge: dict[int, bool] = {}
-    room = available_memory_bytes()
-    roomy = sum(shard.size for shard in shards) <= room
     for shard, fd in zip(shards, fds, strict=True):
-        view = _map(shard, fd, options, least=0.0 if roomy else _MOSTLY)
-        if view is not None and options.map_files == "always":
+        view = _map(shard, fd, options)
+        if view is None or not view.missing_bytes:
+            pass
+        elif options.map_files == "always":
             # Page faults bring in what is used; digests use all of it.
             view = view if options.verify else View(shard, fd, view.memory, 0)
-        elif view is not None and view.mostly_there:
-            view = view if view.missing_bytes <= room // 2 else None
-        elif view is not None:
+        elif view.mostly_there:
+            view = view if view.missing_bytes <= available_memory_bytes() // 2 else None
+        else:
+            # Files that push each other out of memory would be read again and again.
+            roomy = sum(other.size for other in shards) <= available_memory_bytes()
             filesystem = os.fstat(fd).st_dev
-            if filesystem not in huge and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
+            if filesystem not in huge and roomy and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
                 huge[filesystem] = _has_huge_pages(view, options)
-            fit = huge.get(filesystem) and view.memory.writable and view.memory.advise_huge()
-            view = view if fit else None
+            fit = roomy and huge.get(filesystem) and view.memory.writable
+            view = view if fit and view.memory.advise_huge() else None
         views.append(_told(view))
     return views
 
