@@ -3,8 +3,8 @@
  *
  * A *job* reads *extents* of open files in aligned chunks and puts them where the caller wants
  * them: into host memory in place, or through a *ring* of staging slots into a device. *Memory*
- * is what a job fills on the host, or a private view of a file that is in the page cache already.
- * A *gather* brings slices of host memory to a device through a ring.
+ * is what a job fills on the host, or a private view of a file in the page cache, whose pages a job
+ * brings in. A *gather* brings slices of host memory to a device through a ring.
  *
  * Every call returns a status, 0 or a negative code; the detail goes to a caller-owned
  * sllm_error. Nothing is logged, the library never exits, and nothing is global but the devices'
@@ -422,13 +422,14 @@ typedef struct sllm_extent {
 #define SLLM_JOB_NO_DIRECT 1u /* never use O_DIRECT */
 #define SLLM_JOB_NO_CACHE 2u  /* do not ask the page cache: read everything directly */
 /* Each target is where sllm_memory_map() mapped the extent itself: its pages are brought into the
- * page cache and the mapping, and nothing is copied. Host memory only. */
+ * page cache and the mapping, and nothing is copied. All of it counts as read from the disk: what
+ * was there before, sllm_file_probe() tells beforehand. Host memory only. */
 #define SLLM_JOB_MAPPED 4u
 
 typedef struct sllm_job_options {
     uint64_t size;         /* sizeof(sllm_job_options) */
     uint64_t chunk_bytes;  /* largest read, a multiple of 4096; 0: 8 MiB */
-    uint32_t threads;      /* readers, 1 to 64; 0: 16 */
+    uint32_t threads;      /* readers, 1 to 64; 0: 16, for devices 8 */
     uint32_t flags;        /* SLLM_JOB_* */
     uint32_t stall_ms;     /* nothing moved for so long: SLLM_E_TIMEOUT; 0: 60000 */
     uint32_t device_count; /* length of devices; 0 for host memory alone */

@@ -61,8 +61,8 @@ sllm_status sllmi_source_read(sllmi_source *source, uint64_t offset, uint64_t by
 
 /* Bring [offset, offset + bytes) into the page cache, and into its mapping at `mapped`.
  * SLLM_E_IO or SLLM_E_TRUNCATED, naming file and offset. */
-sllm_status sllmi_source_bring_in(sllmi_source *source, uint64_t offset, uint64_t bytes,
-                                  char *mapped, sllmi_read_counts *counts, sllm_error *err);
+sllm_status sllmi_source_bring_in(const sllmi_source *source, uint64_t offset, uint64_t bytes,
+                                  char *mapped, sllm_error *err);
 
 /* SLLM_E_CHANGED when the file is no longer what it was at sllmi_source_open(). */
 sllm_status sllmi_source_check(const sllmi_source *source, sllm_error *err);

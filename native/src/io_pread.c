@@ -320,23 +320,17 @@ static sllm_status read_aside(const sllmi_source *source, uint64_t offset, uint6
     return status;
 }
 
-sllm_status sllmi_source_bring_in(sllmi_source *source, uint64_t offset, uint64_t bytes,
-                                  char *mapped, sllmi_read_counts *counts, sllm_error *err)
+sllm_status sllmi_source_bring_in(const sllmi_source *source, uint64_t offset, uint64_t bytes,
+                                  char *mapped, sllm_error *err)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t resident = sllmi_source_resident(source, offset, bytes, SLLMI_SAMPLE_BYTES, NULL);
     uint64_t skew = (uintptr_t)mapped % page;
-    sllm_status status = SLLM_OK;
-    if (sllmi_sys.madvise(mapped - skew, sllmi_align_up(skew + bytes, page), MADV_POPULATE_READ) !=
-        0) {
-        /* Before Linux 5.14; or the disk fails, and a read tells where. */
-        status = read_aside(source, offset, bytes, err);
+    uint64_t span = sllmi_align_up(skew + bytes, page);
+    if (sllmi_sys.madvise(mapped - skew, span, MADV_POPULATE_READ) == 0) {
+        return SLLM_OK;
     }
-    if (status == SLLM_OK) {
-        counts->cache += resident;
-        counts->disk += bytes - resident;
-    }
-    return status;
+    /* Before Linux 5.14; or the disk fails, and a read tells where. */
+    return read_aside(source, offset, bytes, err);
 }
 
 sllm_status sllmi_source_check(const sllmi_source *source, sllm_error *err)

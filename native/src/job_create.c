@@ -13,6 +13,7 @@
 
 #define DEFAULT_CHUNK_BYTES (8u << 20)
 #define DEFAULT_THREADS 16u
+#define DEFAULT_DEVICE_THREADS 8u /* each fills two slots of pinned memory */
 #define DEFAULT_STALL_MS 60000u
 
 void sllmi_job_free(sllm_job *job)
@@ -240,7 +241,9 @@ sllm_status sllm_job_create(const sllm_file *files, uint32_t file_count, const s
     job->pid = getpid();
     job->flags = options->flags;
     job->chunk_bytes = chunk_bytes;
-    job->reader_count = options->threads != 0 ? options->threads : DEFAULT_THREADS;
+    job->reader_count = options->threads != 0       ? options->threads
+                        : options->device_count > 0 ? DEFAULT_DEVICE_THREADS
+                                                    : DEFAULT_THREADS;
     job->stall_ms = options->stall_ms != 0 ? options->stall_ms : DEFAULT_STALL_MS;
     job->device_count = options->device_count;
     status = allocate(job, file_count, err);

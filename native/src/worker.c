@@ -42,11 +42,14 @@ static sllm_status read_chunk(sllmi_worker *worker, uint64_t index, char *target
     sllmi_read_counts counts = {0};
     worker->chunk = index + 1;
     sllmi_source *source = &job->sources[chunk->file];
-    sllm_status status =
-        (job->flags & SLLM_JOB_MAPPED) != 0
-            ? sllmi_source_bring_in(source, chunk->offset, chunk->bytes, target, &counts, err)
-            : sllmi_source_read(source, chunk->offset, chunk->bytes, target,
-                                (job->flags & SLLM_JOB_NO_CACHE) == 0, &counts, err);
+    sllm_status status;
+    if ((job->flags & SLLM_JOB_MAPPED) != 0) {
+        status = sllmi_source_bring_in(source, chunk->offset, chunk->bytes, target, err);
+        counts.disk = chunk->bytes;
+    } else {
+        status = sllmi_source_read(source, chunk->offset, chunk->bytes, target,
+                                   (job->flags & SLLM_JOB_NO_CACHE) == 0, &counts, err);
+    }
     worker->chunk = 0;
     job->bytes_disk += counts.disk;
     job->bytes_cache += counts.cache;

@@ -164,10 +164,11 @@ def _document(model: str, device: str, stats: LoadStats) -> dict[str, Any]:
 def _lines(
     console: Console, document: dict[str, Any], stats: LoadStats, runs: list[LoadStats]
 ) -> list[str]:
+    mapped_where_they_were = stats.mapped_bytes - stats.brought_in_bytes
     rows = []
     for stage in _STAGES:
         seconds = getattr(stats, f"{stage}_s")
-        moved = stats.bytes - stats.mapped_bytes if stage == "read" else 0
+        moved = stats.bytes - mapped_where_they_were if stage == "read" else 0
         if seconds:
             rows.append(
                 [
@@ -178,12 +179,13 @@ def _lines(
                 ]
             )
     # What a store has is mapped into host memory, all of it, and copied to a device, all of it.
-    store_mapped = stats.store_bytes if stats.mapped_bytes >= stats.store_bytes else 0
-    cache_mapped = stats.mapped_bytes - store_mapped
+    store_mapped = stats.store_bytes if mapped_where_they_were >= stats.store_bytes else 0
+    cache_mapped = mapped_where_they_were - store_mapped
     sources = [
         f"{format_size(nbytes)} {source}"
         for source, nbytes in (
-            ("from disk", stats.disk_bytes),
+            ("from disk", stats.disk_bytes - stats.brought_in_bytes),
+            ("from disk into the page cache, nothing copied", stats.brought_in_bytes),
             ("copied from the page cache", stats.page_cache_bytes - cache_mapped),
             ("copied from the store", stats.store_bytes - store_mapped),
             ("mapped from the page cache, nothing copied", cache_mapped),

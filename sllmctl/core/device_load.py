@@ -17,7 +17,7 @@ from sllmctl.core.dtypes import torch_shape
 from sllmctl.core.header import collector_paused
 from sllmctl.core.load import Loaded, LoadOptions, LoadStats, check_stamp, open_shard, stamp_of
 from sllmctl.core.placement import Placement
-from sllmctl.core.progress import ProgressFn
+from sllmctl.core.progress import BytesFn, ProgressFn, report
 from sllmctl.core.rings import CHUNK_BYTES, READERS, borrow_ring, open_device
 from sllmctl.core.slabs import Slabs
 from sllmctl.core.tensors import tensor_dtypes
@@ -26,9 +26,6 @@ from sllmctl.native import Extent, Job, Progress
 
 if TYPE_CHECKING:
     import torch
-
-BytesFn = Callable[[int], None]
-"""Called now and then with the bytes that are in their place; what it raises ends the load."""
 
 FillFn = Callable[[Sequence[int], LoadStats], None]
 """Brings every byte to its place, given open shards, and adds what it did to the statistics."""
@@ -356,13 +353,6 @@ def fill_from_files(
 def file_span(number: int, shard: Shard, fd: int, start: int, end: int) -> Span:
     """A part of a shard, in its own file."""
     return Span(number, start, end, fd, str(shard.path), start)
-
-
-def report(progress: ProgressFn | None, total: int, before: int = 0) -> BytesFn | None:
-    """Tell a load's progress from that of one of its reads."""
-    if progress is None:
-        return None
-    return lambda done: progress("read", before + done, total)
 
 
 def count_files(stats: LoadStats, now: Progress | None) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 from sllmctl.core.checkpoint import Checkpoint, Shard
 from sllmctl.core.digest import ShardCheck, Verification, memory_reader, shard_checks
 from sllmctl.core.host import available_memory_bytes
-from sllmctl.core.progress import ProgressFn
+from sllmctl.core.progress import BytesFn, ProgressFn, report
 from sllmctl.core.tensors import TensorBuilder
 from sllmctl.core.units import format_size, parse_size
-from sllmctl.core.views import View, bring_in, map_shards
+from sllmctl.core.views import View, bring_in, map_shards, missing_parts
 from sllmctl.errors import CheckpointError, ConfigError, HostMemoryError
 from sllmctl.native import PAGE_BYTES, Extent, Job, Memory, Progress
 
@@ -34,7 +34,8 @@ class LoadOptions:
     """How to load.
 
     Attributes:
-        map_files: ``auto`` maps files that are in the page cache; ``never`` always copies;
+        map_files: ``auto`` maps files that are in the page cache, or come there in huge pages;
+            ``never`` always copies;
             ``always`` maps every local file, for processes that share the page cache.
         verify: Compare every byte with the digests of the conversion. Implies copying, unless files
             are mapped ``always``.
@@ -81,7 +82,11 @@ class LoadOptions:
 
 @dataclass(slots=True)
 class LoadStats:
-    """What a load did: bytes of tensors by where they came from, seconds by stage."""
+    """What a load did: bytes of tensors by where they came from, seconds by stage.
+
+    ``mapped_bytes`` were mapped and not copied; ``brought_in_bytes``, of those from the disk, were
+    read into the page cache for that.
+    """
 
     tensors: int = 0
     bytes: int = 0
@@ -89,6 +94,7 @@ class LoadStats:
     page_cache_bytes: int = 0
     store_bytes: int = 0
     mapped_bytes: int = 0
+    brought_in_bytes: int = 0
     open_s: float = 0.0
     plan_s: float = 0.0
     read_s: float = 0.0
@@ -109,7 +115,8 @@ class LoadStats:
             counted = getattr(self, source)
             setattr(self, source, max(0, counted - padding))
             padding -= min(counted, padding)
-        self.mapped_bytes = min(self.mapped_bytes, self.page_cache_bytes + self.store_bytes)
+        self.mapped_bytes = min(self.mapped_bytes, self.bytes)
+        self.brought_in_bytes = min(self.brought_in_bytes, self.disk_bytes)
 
 
 @dataclass(slots=True)
@@ -125,9 +132,10 @@ def load(
 ) -> Loaded:
     """Load every tensor of a checkpoint into host memory.
 
-    Shards that lie in the page cache become private copy-on-write views of it: nothing is copied,
-    and what little of them is missing there is brought in. All others are read into fresh memory,
-    cached chunks from the cache and the rest around it. No write to a tensor reaches the file.
+    Shards that lie in the page cache, or come there in huge pages, become private copy-on-write
+    views of it: nothing is copied, and what is missing is brought in. All others are read into
+    fresh memory, cached chunks from the cache and the rest around it. No write to a tensor reaches
+    the file.
 
     Raises:
         ReadError: A file is too short, unreadable, or changed while it was read.
@@ -156,16 +164,22 @@ def load(
             for number, shard in enumerate(checkpoint.shards)
             if views[number] is None and shard.size > shard.data_offset
         ]
+        parts = missing_parts(views)
+        direct = sum(memories[number].nbytes for number in to_read)
+        total = direct + sum(part.nbytes for part in parts)
         if to_read:
-            now = _read(checkpoint.shards, fds, memories, to_read, checks, options, progress)
+            done = report(progress, total)
+            now = _read(checkpoint.shards, fds, memories, to_read, checks, options, done)
             stats.disk_bytes += now.bytes_disk
             stats.page_cache_bytes += now.bytes_cache
-        brought = bring_in(views, options, progress)
-        stats.disk_bytes += brought
-        stats.page_cache_bytes -= brought
+        if parts:
+            bring_in(parts, options, report(progress, total, direct))
+            stats.brought_in_bytes = sum(part.missing_bytes for part in parts)
+            stats.disk_bytes += stats.brought_in_bytes
+            stats.page_cache_bytes -= stats.brought_in_bytes
         if checks:
             Verification.of_all([checks[n] for n, view in enumerate(views) if view is not None])
-        if to_read or brought or checks:
+        if to_read or parts or checks:
             stats.read_s = time.perf_counter() - planned
         built = time.perf_counter()
         tensors = builder.build(checkpoint.tensors.values(), places)
@@ -258,7 +272,7 @@ def _read(
     to_read: Sequence[int],
     checks: Sequence[ShardCheck],
     options: LoadOptions,
-    progress: ProgressFn | None,
+    report_done: BytesFn | None,
 ) -> Progress:
     """Bring shards into fresh memory, and compare their bytes where that is asked for."""
     extents = [
@@ -280,8 +294,8 @@ def _read(
             done, now = job.wait(_VERIFY_SLICE_MS if checks else None)
             if verification is not None:
                 verification.take_up(job.chunks_done)
-            if progress is not None:
-                progress("read", now.bytes_done, now.bytes_total)
+            if report_done is not None:
+                report_done(now.bytes_done)
         if verification is not None:
             verification.finish()
     return now

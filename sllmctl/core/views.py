@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 from sllmctl.core.host import available_memory_bytes
-from sllmctl.core.progress import ProgressFn
+from sllmctl.core.progress import BytesFn
 from sllmctl.native import Extent, Job, Memory, probe_file
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ _LEAST_PIECES = 16
 """A shard of less is not worth a look at what its filesystem can do."""
 
 
+_TURN_BYTES = 16 << 20
+"""What one of several processes reads ahead at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """A shard's data as the page cache has it; ``missing_bytes`` of that are not there yet."""
@@ -39,6 +44,11 @@ class View:
     def nbytes(self) -> int:
         """Of all its data."""
         return self.shard.size - self.shard.data_offset
+
+    @property
+    def filesystem(self) -> int:
+        """A number of the filesystem that its file is on."""
+        return os.fstat(self.fd).st_dev
 
     @property
     def mostly_there(self) -> bool:
@@ -65,6 +75,7 @@ def _map(shard: Shard, fd: int, options: LoadOptions) -> View | None:
     if not facts.local or not (facts.residency_known or options.map_files == "always"):
         return None
     memory = Memory.map_file(fd, str(shard.path), shard.data_offset, nbytes)
+    memory.advise_huge()  # for what is missing; what is there stays as it is
     return View(shard, fd, memory, nbytes - facts.resident_bytes)
 
 
@@ -82,110 +93,132 @@ def _told(view: View | None) -> View | None:
 def map_shards(
     shards: Sequence[Shard], fds: Sequence[int], options: LoadOptions
 ) -> list[View | None]:
-    """Views of the shards that are loaded that way, for `bring_in`.
+    """Views of the shards that are loaded that way, for `missing_parts`.
 
     These are shards that the page cache has nearly whole, where there is room for the rest. Others
     are, too, where the filesystem has huge pages: the disk then writes straight into them, which
     takes less time than fresh memory, for that has to be cleared before.
     """
-    views: list[View | None] = []
-    huge: dict[int, bool] = {}
-    for shard, fd in zip(shards, fds, strict=True):
-        view = _map(shard, fd, options)
-        if view is None or not view.missing_bytes:
-            pass
-        elif options.map_files == "always":
+    views = [_map(shard, fd, options) for shard, fd in zip(shards, fds, strict=True)]
+    huge = _huge_filesystems([view for view in views if view is not None], options)
+
+    def choose(view: View) -> View | None:
+        if options.map_files == "always" and not options.verify:
             # Page faults bring in what is used; digests use all of it.
-            view = view if options.verify else View(shard, fd, view.memory, 0)
-        elif view.mostly_there:
-            view = view if view.missing_bytes <= available_memory_bytes() // 2 else None
-        else:
-            # Files that push each other out of memory would be read again and again.
-            roomy = sum(other.size for other in shards) <= available_memory_bytes()
-            filesystem = os.fstat(fd).st_dev
-            if filesystem not in huge and roomy and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
-                huge[filesystem] = _has_huge_pages(view, options)
-            fit = roomy and huge.get(filesystem) and view.memory.writable
-            view = view if fit and view.memory.advise_huge() else None
-        views.append(_told(view))
-    return views
+            return replace(view, missing_bytes=0)
+        if options.map_files == "always" or not view.missing_bytes:
+            return view
+        if view.mostly_there:
+            return view if view.missing_bytes <= available_memory_bytes() // 2 else None
+        return view if view.filesystem in huge and view.memory.writable else None
+
+    return [None if view is None else _told(choose(view)) for view in views]
+
+
+def _huge_filesystems(views: Sequence[View], options: LoadOptions) -> set[int]:
+    """Those whose files may be brought in in huge pages, of the views that lack much."""
+    found: set[int] = set()
+    lacking = [view for view in views if not view.mostly_there]
+    if not lacking or options.map_files == "always":
+        return found
+    # Files that push each other, or those of other processes, out of memory would be read again
+    # and again.
+    room = available_memory_bytes(mapped=False)
+    missing = sum(view.missing_bytes for view in views)
+    if missing > room // 2 and sum(view.nbytes for view in views) > room:
+        return found
+    asked: set[int] = set()
+    for view in sorted(lacking, key=lambda view: -view.nbytes):
+        if view.filesystem not in asked and view.nbytes >= _LEAST_PIECES * _PIECE_BYTES:
+            asked.add(view.filesystem)
+            if _has_huge_pages(view, options):
+                found.add(view.filesystem)
+    return found
 
 
 def _has_huge_pages(view: View, options: LoadOptions) -> bool:
-    """Try it: bring in one piece, and look at what it lies in."""
-    start = -(-view.shard.data_offset // _PIECE_BYTES) * _PIECE_BYTES
-    for piece in range(start, start + _LEAST_PIECES // 2 * _PIECE_BYTES, _PIECE_BYTES):
-        # Not one that lies in the page cache: it came there in another way.
-        if not probe_file(view.fd, str(view.shard.path), piece, _PIECE_BYTES).resident_bytes:
-            break
-    else:
-        return False
-    if not view.memory.advise_huge():
-        return False
-    _bring([(view, piece, _PIECE_BYTES)], options)
-    offset = piece - view.shard.data_offset
-    return view.memory.huge_bytes(offset, _PIECE_BYTES) == _PIECE_BYTES
+    """Look at what pieces lie in: some that are there, or else one that has to be brought in."""
+    path, start, end = str(view.shard.path), view.shard.data_offset, view.shard.size
+    first = -(-start // _PIECE_BYTES) * _PIECE_BYTES
+    holes = (at for at, nbytes in _holes(view.fd, path, start, end) if nbytes == _PIECE_BYTES)
+    for at in chain(range(first, first + _LEAST_PIECES // 2 * _PIECE_BYTES, _PIECE_BYTES), holes):
+        missing = probe_file(view.fd, path, at, _PIECE_BYTES).resident_bytes == 0
+        bring_in([Part(view, at, _PIECE_BYTES, 0)], options)
+        if view.memory.huge_bytes(at - start, _PIECE_BYTES) == _PIECE_BYTES:
+            return True
+        if missing:
+            return False
+    return False
 
 
-def bring_in(
-    views: Sequence[View | None], options: LoadOptions, progress: ProgressFn | None = None
-) -> int:
-    """Read what views lack into the page cache, so that no tensor has to wait for the disk.
+class Part(NamedTuple):
+    """A range of a view's file that is to be brought in: so many bytes from an offset on.
 
-    Args:
-        views: Those of `map_shards`.
-        options: Of the load.
-        progress: Called with stage ``read``.
+    ``missing_bytes`` of them are not in the page cache, as far as samples tell.
+    """
 
-    Returns:
-        How many bytes that were.
+    view: View
+    offset: int
+    nbytes: int
+    missing_bytes: int
+
+
+def missing_parts(views: Iterable[View | None]) -> list[Part]:
+    """What views lack: holes, or the whole of a view that lacks much."""
+    parts: list[Part] = []
+    for view in views:
+        if view is None or not view.missing_bytes:
+            continue
+        start, end = view.shard.data_offset, view.shard.size
+        if view.mostly_there:
+            holes = _holes(view.fd, str(view.shard.path), start, end)
+            parts += [Part(view, offset, nbytes, nbytes) for offset, nbytes in holes]
+        else:
+            parts.append(Part(view, start, view.nbytes, view.missing_bytes))
+    return parts
+
+
+def bring_in(parts: Sequence[Part], options: LoadOptions, done: BytesFn | None = None) -> None:
+    """Read parts into the page cache and their views, so that no tensor waits for the disk.
 
     Raises:
         ReadError: The disk fails, or a file changed.
     """
-    parts: list[tuple[View, int, int]] = []
-    missing = 0
-    for view in views:
-        if view is None or not view.missing_bytes:
-            continue
-        start, path = view.shard.data_offset, str(view.shard.path)
-        if view.mostly_there:
-            holes = _holes(view.fd, path, start, view.shard.size)
-            parts += [(view, offset, nbytes) for offset, nbytes in holes]
-        else:
-            parts.append((view, start, view.nbytes))
-            missing += view.missing_bytes
-    if parts:
-        _bring(parts, options, progress)
-    return missing + sum(nbytes for view, _, nbytes in parts if view.mostly_there)
-
-
-def _bring(
-    parts: Sequence[tuple[View, int, int]], options: LoadOptions, progress: ProgressFn | None = None
-) -> None:
-    """Bring in ranges of files, from an offset so many bytes."""
-    files = list({view.fd: str(view.shard.path) for view, _, _ in parts}.items())
+    files = list({part.view.fd: str(part.view.shard.path) for part in parts}.items())
     number = {fd: index for index, (fd, _) in enumerate(files)}
     extents = [
         Extent(
             number[view.fd], offset, nbytes, view.memory.address + offset - view.shard.data_offset
         )
-        for view, offset, nbytes in parts
+        for view, offset, nbytes, _ in parts
     ]
-    keep = [view.memory for view, _, _ in parts]
     with Job(
         files,
         extents,
-        keep=keep,
+        keep=[part.view.memory for part in parts],
         chunk_bytes=options.chunk_bytes or _PIECE_BYTES,
         threads=options.threads,
         mapped=True,
     ) as job:
-        done = False
-        while not done:
-            done, now = job.wait()
-            if progress is not None:
-                progress("read", now.bytes_done, now.bytes_total)
+        ended = False
+        while not ended:
+            ended, now = job.wait()
+            if done is not None:
+                done(now.bytes_done)
+
+
+def read_ahead(shard: Shard, fd: int, options: LoadOptions, turn: int, turns: int) -> None:
+    """Bring a part of a file into the page cache: every so-many-th 16 MiB, by turns.
+
+    Raises:
+        SllmError: The disk fails, or a file changed.
+    """
+    view = _map(shard, fd, options)
+    if view is not None:
+        spans = range(shard.data_offset + turn * _TURN_BYTES, shard.size, turns * _TURN_BYTES)
+        parts = [Part(view, at, min(_TURN_BYTES, shard.size - at), 0) for at in spans]
+        if parts:
+            bring_in(parts, options)
 
 
 def _holes(fd: int, path: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,8 +16,9 @@ from sllmctl import api
 from sllmctl.core.checkpoint import SUFFIX, Checkpoint, Shard, open_checkpoint
 from sllmctl.core.config import looks_like_path, resolve_model, storage_path
 from sllmctl.core.header import load_json
-from sllmctl.core.load import LoadOptions, LoadStats
+from sllmctl.core.load import LoadOptions, LoadStats, open_shard
 from sllmctl.core.places import find_source
+from sllmctl.core.views import read_ahead
 from sllmctl.errors import CheckpointError, CheckpointNotFound, ConfigError, SllmError
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "rank_state": ("off", "auto", "require"),
 }
 _KEYS = ("model", "storage_path", "store", "socket", "verify", "check", "rank_state")
-_READ_AHEAD_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ class EngineWeights:
         self.stats: LoadStats = loaded.stats
         self._tensors = loaded.tensors
         if ranks > 1 and found.checkpoint is not None and not self.stats.store_bytes:
-            _read_ahead(found.checkpoint.shards, rank, ranks)
+            _read_ahead(found.checkpoint.shards, choice, rank, ranks)
 
     @property
     def names(self) -> frozenset[str]:
@@ -277,27 +277,20 @@ def _architectures(path: Path) -> frozenset[str]:
     return frozenset(map(str, named)) if isinstance(named, list) else frozenset()
 
 
-def _read_ahead(shards: tuple[Shard, ...], rank: int, ranks: int) -> None:
+def _read_ahead(shards: tuple[Shard, ...], options: LoadOptions, rank: int, ranks: int) -> None:
     """Bring this rank's part of the files into the page cache, where all ranks find it.
 
-    Page faults alone would read 128 KiB at a time.
+    Page faults alone would read little at a time, and one after the other.
     """
 
     def run() -> None:
-        number = 0
-        for shard in shards:
+        for number, shard in enumerate(shards):
             try:
-                fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as exc:
-                log.debug("no read-ahead of `%s`: %s", shard.path, exc.strerror)
-                continue
-            try:
-                for offset in range(0, shard.size, _READ_AHEAD_BYTES):
-                    number += 1
-                    if number % ranks == rank:
-                        os.posix_fadvise(fd, offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(fd)
+                with ExitStack() as stack:
+                    fd = open_shard(shard, stack)
+                    read_ahead(shard, fd, options, (rank + number) % ranks, ranks)
+            except SllmError as exc:  # who looks at the bytes will hear of it
+                log.debug("no read-ahead of `%s`: %s", shard.path, exc)
 
     threading.Thread(target=run, name="sllm-ahead", daemon=True).start()
 
@@ -305,7 +298,7 @@ def _read_ahead(shards: tuple[Shard, ...], rank: int, ranks: int) -> None:
 def describe(stats: LoadStats) -> str:
     """Say in one line what a load did."""
     # What is mapped from files counts as in the page cache; for several ranks it may not be yet.
-    mapped = 0 if stats.store_bytes else stats.mapped_bytes
+    mapped = 0 if stats.store_bytes else stats.mapped_bytes - stats.brought_in_bytes
     parts = [
         f"{count} {word}"
         for count, word in (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from sllmctl.core.checkpoint import Checkpoint
-from sllmctl.core.device_load import DeviceLoad, count_files, report
+from sllmctl.core.device_load import DeviceLoad, count_files
 from sllmctl.core.digest import Verification, memory_reader, shard_checks
 from sllmctl.core.load import (
     Loaded,
@@ -18,7 +18,7 @@ from sllmctl.core.load import (
     open_shard,
     stamp_of,
 )
-from sllmctl.core.progress import ProgressFn
+from sllmctl.core.progress import ProgressFn, report
 from sllmctl.core.tensors import TensorBuilder
 from sllmctl.native import PAGE_BYTES, Extent, Job, Memory
 from sllmctl.store.client import StoreClient

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 from sllmctl.core.checkpoint import Checkpoint
-from sllmctl.core.device_load import DeviceLoad, FillFn, Span, count_files, file_span, report
+from sllmctl.core.device_load import DeviceLoad, FillFn, Span, count_files, file_span
 from sllmctl.core.device_stream import FileSource, Source
 from sllmctl.core.load import LoadStats
-from sllmctl.core.progress import ProgressFn
+from sllmctl.core.progress import ProgressFn, report
 from sllmctl.errors import StoreError
 from sllmctl.store.client import StoreClient
 from sllmctl.store.delivery import attach

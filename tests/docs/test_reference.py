@@ -130,7 +130,10 @@ def test_rich_honours_no_color() -> None:
 def test_defaults_in_the_environment_page_are_those_of_the_native_library() -> None:
     page = (REFERENCE / "environment.md").read_text()
     header = c_api.HEADER.read_text()
-    (threads,) = re.findall(r"threads;\s+/\* readers, 1 to 64; 0: (\d+) \*/", header)
+    ((threads, of_devices),) = re.findall(
+        r"threads;\s+/\* readers, 1 to 64; 0: (\d+), for devices (\d+) \*/", header
+    )
+    assert int(of_devices) == READERS
     (chunk,) = re.findall(r"chunk_bytes;\s+/\* .*?; 0: (\d+) MiB \*/", header)
     assert f"1 to 64; `load --threads` | {threads}, to a device {READERS} |" in page
     assert f"`load --chunk-size` | `{chunk}MiB` |" in page

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from sllmctl.core import views
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.core.load import LoadOptions, LoadStats, load
+from sllmctl.core.load import LoadOptions, LoadStats, load, open_shard
+from sllmctl.core.views import Part, View
 from sllmctl.native import FileFacts, Memory, probe_file
 from tests.conftest import same_bits
 
@@ -78,6 +82,8 @@ def load_and_tell(path: Path, **options: object) -> tuple[LoadStats, dict[str, t
     assert stats.disk_bytes + stats.page_cache_bytes == stats.bytes
     assert bool(told) == (stats.read_s > 0)
     assert not told or told[-1][0] == told[-1][1]
+    assert told == sorted(told)
+    assert len({total for _, total in told}) <= 1
     return stats, loaded.tensors
 
 
@@ -86,8 +92,8 @@ def test_holes_in_a_resident_file_are_brought_in_and_the_file_is_mapped(big: Pat
     drop(file, 8, 4)
     drop(file, 40, 6)
     stats = check(big)
-    assert stats.mapped_bytes == stats.page_cache_bytes
-    assert stats.mapped_bytes >= (FILE_MIB - 14) * MIB
+    assert stats.mapped_bytes == stats.bytes
+    assert stats.brought_in_bytes == stats.disk_bytes <= 14 * MIB
     assert stats.disk_bytes >= 8 * MIB
     assert resident(file) == file.stat().st_size
     again = check(big)
@@ -126,25 +132,107 @@ def test_where_there_are_huge_pages_the_disk_writes_into_them_and_the_file_is_ma
     file = big / "model.safetensors"
     drop(file, 0, dropped_mib)
     stats = check_alone(big)
-    assert stats.mapped_bytes + stats.disk_bytes == stats.bytes
+    assert stats.mapped_bytes == stats.bytes
+    assert stats.brought_in_bytes == stats.disk_bytes
     assert abs(stats.disk_bytes - min(dropped_mib, FILE_MIB) * MIB) <= 2 * MIB
     assert resident(file) == file.stat().st_size
 
 
-def test_a_look_at_the_filesystem_finds_what_the_kernel_says_of_the_mapping(big: Path) -> None:
-    drop(big / "model.safetensors", 0, FILE_MIB + 1)
-    loaded = load(open_checkpoint(big), LoadOptions())
-    address = loaded.tensors["t0"].data_ptr()
-    huge_kib = 0
+def pmd_mapped_bytes(address: int) -> int:
+    """What the kernel says of the mapping at an address. Source: proc(5), smaps."""
     here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
             start, end = (int(number, 16) for number in line.split()[0].split("-"))
             here = start <= address < end
         elif here and line.startswith("FilePmdMapped:"):
-            huge_kib = int(line.split()[1])
-    mapped = loaded.stats.disk_bytes and resident(big / "model.safetensors") > FILE_MIB // 2 * MIB
-    assert (huge_kib * 1024 > FILE_MIB // 2 * MIB) == bool(mapped)
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def kernel_gives_huge_pages(file: Path) -> bool:
+    """Ask without the library: a cold file, mapped and populated. It is cold again afterwards."""
+    nbytes = file.stat().st_size
+    with file.open("rb") as opened:
+        drop(file, 0, FILE_MIB + 1)
+        view = Memory.map_file(opened.fileno(), str(file), 0, nbytes)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for advice in (14, 22):  # MADV_HUGEPAGE, MADV_POPULATE_READ
+        libc.madvise(ctypes.c_void_p(view.address), ctypes.c_size_t(nbytes), advice)
+    huge = pmd_mapped_bytes(view.address)
+    del view
+    drop(file, 0, FILE_MIB + 1)
+    return huge >= 2 * MIB
+
+
+def views_of(path: Path) -> list[View | None]:
+    checkpoint = open_checkpoint(path)
+    with ExitStack() as stack:
+        fds = [open_shard(shard, stack) for shard in checkpoint.shards]
+        return views.map_shards(checkpoint.shards, fds, LoadOptions())
+
+
+def read_in_small_pages(file: Path, nbytes: int) -> None:
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, nbytes, 64 << 10):
+            os.pread(opened.fileno(), 4096, offset)
+            os.pread(opened.fileno(), 64 << 10, offset)
+
+
+def read_in_huge_pages(file: Path, nbytes: int) -> None:
+    (view,) = views_of(file.parent)
+    if view is not None:
+        with file.open("rb") as opened:
+            part = Part(replace(view, fd=opened.fileno()), 2 * MIB, nbytes - 2 * MIB, 0)
+            views.bring_in([part], LoadOptions())
+
+
+@pytest.mark.parametrize("before", [None, read_in_small_pages, read_in_huge_pages])
+def test_huge_pages_are_found_where_the_kernel_gives_them_whatever_others_read_before(
+    big: Path, before: Callable[[Path, int], None] | None
+) -> None:
+    file = big / "model.safetensors"
+    gives = kernel_gives_huge_pages(file)
+    if before is not None:
+        before(file, 24 * MIB)
+    (view,) = views_of(big)
+    assert (view is not None) == gives
+    assert resident(file) <= (24 + 16) * MIB
+    if view is not None and before is None:
+        assert pmd_mapped_bytes(view.memory.address) >= 2 * MIB
+
+
+def test_shards_that_are_read_and_shards_that_are_brought_in_share_a_progress_and_a_total(
+    tmp_path: Path, make_cold: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_huge_pages(monkeypatch)
+    path = tmp_path / "m"
+    path.mkdir()
+    for number in (1, 2):
+        rows = torch.arange(8 * MIB) + number
+        save_file({f"t{number}": rows}, path / f"model-0000{number}-of-00002.safetensors")
+    make_cold(path)
+    if resident(path / "model-00001-of-00002.safetensors"):
+        pytest.skip("this filesystem keeps its files in memory")
+    mostly = path / "model-00001-of-00002.safetensors"
+    mostly.read_bytes()
+    drop(mostly, 8, 4)
+    stats, _ = load_and_tell(path)
+    assert 0 < stats.brought_in_bytes <= 6 * MIB
+    assert stats.disk_bytes >= 64 * MIB
+
+
+@pytest.mark.parametrize("turns", [1, 3, 7])
+def test_processes_that_read_ahead_by_turns_read_all_of_a_file(big: Path, turns: int) -> None:
+    file = big / "model.safetensors"
+    drop(file, 0, FILE_MIB + 1)
+    (shard,) = open_checkpoint(big).shards
+    with ExitStack() as stack:
+        fd = open_shard(shard, stack)
+        for turn in range(turns):
+            views.read_ahead(shard, fd, LoadOptions("always"), turn, turns)
+    assert resident(file) == file.stat().st_size
 
 
 def test_a_small_file_is_not_worth_a_look(
@@ -165,7 +253,7 @@ def test_files_that_would_push_each_other_out_of_memory_are_not_brought_in(
 ) -> None:
     with_huge_pages(monkeypatch)
     drop(big / "model.safetensors", 0, 32)
-    monkeypatch.setattr(views, "available_memory_bytes", lambda: FILE_MIB * MIB)
+    monkeypatch.setattr(views, "available_memory_bytes", lambda **_: 40 * MIB)
     assert check(big).mapped_bytes == 0
 
 

@@ -2,8 +2,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -74,6 +76,33 @@ static uint64_t resident_bytes(const mapped_load *load)
         resident += pages[i] & 1;
     }
     return resident == count ? bytes : resident * page;
+}
+
+/* What the kernel says of the mapping at an address. Source: proc(5), smaps. */
+static uint64_t pmd_mapped_bytes(const void *address)
+{
+    char line[1024];
+    unsigned long long start, end, kib, found = 0;
+    bool here = false;
+    FILE *maps = fopen("/proc/self/smaps", "re");
+    CHECK(maps != NULL);
+    while (fgets(line, sizeof line, maps) != NULL) {
+        if (sscanf(line, "%llx-%llx ", &start, &end) == 2) {
+            here = start <= (uintptr_t)address && (uintptr_t)address < end;
+        } else if (here && sscanf(line, "FilePmdMapped: %llu", &kib) == 1) {
+            found = kib * 1024;
+        }
+    }
+    fclose(maps);
+    return found;
+}
+
+static bool kernel_before(int major, int minor)
+{
+    struct utsname name;
+    int found_major = 0, found_minor = 0;
+    CHECK(uname(&name) == 0 && sscanf(name.release, "%d.%d", &found_major, &found_minor) == 2);
+    return found_major < major || (found_major == major && found_minor < minor);
 }
 
 TEST(every_page_is_brought_in_and_nothing_is_copied)
@@ -151,6 +180,11 @@ TEST(huge_pages_are_counted_where_the_system_tells)
     uint64_t bytes = load.file.bytes - OFFSET;
     uint64_t huge = sllm_memory_huge_bytes(load.memory, 0, bytes);
     CHECK(huge <= bytes && (advised || huge == 0));
+    uint64_t told = pmd_mapped_bytes(sllm_memory_address(load.memory));
+    if (told == 0 || !kernel_before(6, 7)) {
+        /* The view begins and ends within a page of what the kernel counts whole. */
+        CHECK(huge <= told && told - huge < 2 * (uint64_t)sysconf(_SC_PAGESIZE));
+    }
     uint64_t sum = 0; /* parts add up */
     for (uint64_t at = 0; at < bytes; at += MIB / 2) {
         uint64_t part = bytes - at < MIB / 2 ? bytes - at : MIB / 2;

@@ -81,3 +81,23 @@ def test_files_in_memory_are_no_page_cache_that_can_go(tmp_path: Path) -> None:
         },
     )
     assert available_memory_bytes(new) == available_memory_bytes(old) == 3 * GIB
+
+
+def test_files_that_processes_have_mapped_can_be_left_out(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        "0::/\n",
+        {
+            "memory.max": f"{40 * GIB}\n",
+            "memory.current": f"{30 * GIB}\n",
+            "memory.stat": f"file {20 * GIB}\nshmem {GIB}\nfile_mapped {8 * GIB}\n",
+        },
+    )
+    assert available_memory_bytes(root) == (40 - 30 + 20 - 1) * GIB
+    assert available_memory_bytes(root, mapped=False) == (40 - 30 + 20 - 8) * GIB
+    kib = GIB // 1024
+    (root / "proc/meminfo").write_text(
+        f"MemAvailable: {20 * kib} kB\nMapped: {9 * kib} kB\nShmem: {2 * kib} kB\n"
+    )
+    assert available_memory_bytes(root) == 20 * GIB
+    assert available_memory_bytes(root, mapped=False) == 13 * GIB
