@@ -122,12 +122,12 @@ int sllm_memory_writable(const sllm_memory *memory);
 int sllm_memory_advise_huge(sllm_memory *memory);
 
 /**
- * How many bytes of a range lie in huge pages of the system's size; 0 also where it does not tell
- * (before Linux 6.7).
+ * How many bytes of a range lie in huge pages of the system's size; -1 where it does not tell
+ * (before Linux 6.7), or where the memory has no such range.
  *
  * Threads: any. Blocks: no.
  */
-uint64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes);
+int64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes);
 
 /**
  * Map a private, copy-on-write view of a descriptor over a part of memory that was created.

@@ -208,13 +208,12 @@ int sllm_memory_advise_huge(sllm_memory *memory)
            sllmi_sys.madvise(memory->mapping, memory->mapping_bytes, MADV_HUGEPAGE) == 0;
 }
 
-uint64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes)
+int64_t sllm_memory_huge_bytes(const sllm_memory *memory, uint64_t offset, uint64_t bytes)
 {
     if (memory == NULL || offset > memory->bytes || bytes > memory->bytes - offset) {
-        return 0;
+        return -1;
     }
-    int64_t huge = sllmi_sys.huge_bytes(memory->address + offset, bytes);
-    return huge < 0 ? 0 : (uint64_t)huge;
+    return sllmi_sys.huge_bytes(memory->address + offset, bytes);
 }
 
 sllm_status sllm_memory_place(sllm_memory *memory, uint64_t offset, int fd, uint64_t fd_offset,

@@ -25,8 +25,6 @@ _PIECE_BYTES = 2 << 20
 """A huge page. In more at once a thread waits for one of them after the other."""
 _LEAST_PIECES = 16
 """A shard of less is not worth a look at what its filesystem can do."""
-
-
 _TURN_BYTES = 16 << 20
 """What one of several processes reads ahead at a time."""
 
@@ -138,6 +136,8 @@ def _huge_filesystems(views: Sequence[View], options: LoadOptions) -> set[int]:
 
 def _has_huge_pages(view: View, options: LoadOptions) -> bool:
     """Look at what pieces lie in: some that are there, or else one that has to be brought in."""
+    if view.memory.huge_bytes(0, _PIECE_BYTES) is None:
+        return False  # nobody could tell
     path, start, end = str(view.shard.path), view.shard.data_offset, view.shard.size
     first = -(-start // _PIECE_BYTES) * _PIECE_BYTES
     holes = (at for at, nbytes in _holes(view.fd, path, start, end) if nbytes == _PIECE_BYTES)

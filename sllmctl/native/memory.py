@@ -86,9 +86,10 @@ class Memory:
         """
         return bool(lib.sllm_memory_advise_huge(self._handle))
 
-    def huge_bytes(self, offset: int, nbytes: int) -> int:
-        """How much of a range lies in huge pages; 0 also where the system does not tell."""
-        return int(lib.sllm_memory_huge_bytes(self._handle, offset, nbytes))
+    def huge_bytes(self, offset: int, nbytes: int) -> int | None:
+        """How much of a range lies in huge pages; None where the system does not tell."""
+        huge = int(lib.sllm_memory_huge_bytes(self._handle, offset, nbytes))
+        return None if huge < 0 else huge
 
 
 class Segment:

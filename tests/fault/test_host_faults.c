@@ -114,7 +114,7 @@ static sllm_status load_all(sllm_error *err)
     if (status == SLLM_OK) {
         sllm_extent extent = place(0, 5, 50000, view);
         (void)sllm_memory_advise_huge(view);
-        CHECK(sllm_memory_huge_bytes(view, 0, 50000) <= 50000);
+        CHECK(sllm_memory_huge_bytes(view, 0, 50000) <= 50000); /* -1 where nobody tells */
         status = run_job(&extent, 1, SLLM_JOB_MAPPED, err);
     }
     if (status == SLLM_OK) {

@@ -124,6 +124,16 @@ def test_where_there_are_no_huge_pages_what_is_missing_is_read_around_the_cache(
     assert resident(file) <= (FILE_MIB - min(dropped_mib, FILE_MIB) + 6) * MIB
 
 
+def test_a_kernel_that_does_not_tell_is_not_asked_by_a_read(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "huge_bytes", lambda *_: None)
+    file = big / "model.safetensors"
+    drop(file, 0, FILE_MIB + 1)
+    assert views_of(big) == [None]
+    assert resident(file) == 0
+
+
 @pytest.mark.parametrize("dropped_mib", [32, FILE_MIB + 1])
 def test_where_there_are_huge_pages_the_disk_writes_into_them_and_the_file_is_mapped(
     big: Path, monkeypatch: pytest.MonkeyPatch, dropped_mib: int
