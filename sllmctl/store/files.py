@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sllmctl.core.checkpoint import open_checkpoint
-from sllmctl.errors import SllmError, StoreError
+from sllmctl.core.config import is_there
+from sllmctl.errors import CheckpointNotFound, SllmError, StoreError
 from sllmctl.store.protocol import MAX_SHARDS, close_fds
 from sllmctl.store.residency import Identity
 
@@ -62,6 +64,11 @@ def open_named(storage: Path, name: str) -> ModelFiles:
         StoreError: The name leads out of the storage path, or a file cannot be opened.
     """
     root, path = _beneath(storage, name)
+    if not is_there(path):
+        raise CheckpointNotFound(
+            f"there is no checkpoint `{name}` in the store's `{storage}`",
+            hint=f"`sllmctl ls --storage-path {shlex.quote(str(storage))}` lists what is there",
+        )
     checkpoint = open_checkpoint(path)
     names, fds = [], []
     try:

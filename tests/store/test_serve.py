@@ -58,7 +58,8 @@ class TestCommands:
             [*command, "--socket", str(store.socket)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 5
-        assert "error: no checkpoint at" in done.stderr
+        assert "error: there is no checkpoint `b` in the store's" in done.stderr
+        assert "hint: `sllmctl ls --storage-path" in done.stderr
         a, b, c = json.loads(done.stdout)["models"]
         assert a["warm_bytes"] == a["bytes"] > 0
         assert c["warm_bytes"] == c["bytes"] > 0
