@@ -31,7 +31,7 @@ ChunkSize = Annotated[
     typer.Option(
         "--chunk-size",
         metavar="SIZE",
-        help="Largest single read. [default: $SLLMCTL_CHUNK_SIZE, 8MiB]",
+        help="Largest single read. [default: $SLLMCTL_CHUNK_SIZE, 8MiB, into the page cache 2MiB]",
         show_default=False,
     ),
 ]

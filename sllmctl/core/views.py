@@ -25,6 +25,8 @@ _PIECE_BYTES = 2 << 20
 """A huge page. In more at once a thread waits for one of them after the other."""
 _LEAST_PIECES = 16
 """A shard of less is not worth a look at what its filesystem can do."""
+_LOOKS = 4
+_LOOKS_IN_VAIN = 3
 _TURN_BYTES = 16 << 20
 """What one of several processes reads ahead at a time."""
 
@@ -122,8 +124,7 @@ def _huge_filesystems(views: Sequence[View], options: LoadOptions) -> set[int]:
     # Files that push each other, or those of other processes, out of memory would be read again
     # and again.
     room = available_memory_bytes(mapped=False)
-    missing = sum(view.missing_bytes for view in views)
-    if missing > room // 2 and sum(view.nbytes for view in views) > room:
+    if sum(view.missing_bytes for view in views) > room:
         return found
     asked: set[int] = set()
     for view in sorted(lacking, key=lambda view: -view.nbytes):
@@ -135,19 +136,36 @@ def _huge_filesystems(views: Sequence[View], options: LoadOptions) -> set[int]:
 
 
 def _has_huge_pages(view: View, options: LoadOptions) -> bool:
-    """Look at what pieces lie in: some that are there, or else one that has to be brought in."""
+    """Look at what pieces lie in: some that are there, or else a few that have to be brought in."""
     if view.memory.huge_bytes(0, _PIECE_BYTES) is None:
         return False  # nobody could tell
     path, start, end = str(view.shard.path), view.shard.data_offset, view.shard.size
-    first = -(-start // _PIECE_BYTES) * _PIECE_BYTES
+    first = -(-start // _PIECE_BYTES)
+    # Apart from each other, so that what the kernel reads along with one is none of the others.
+    apart = (end // _PIECE_BYTES - first) // _LOOKS
+    spread = ((first + number * apart) * _PIECE_BYTES for number in range(_LOOKS))
     holes = (at for at, nbytes in _holes(view.fd, path, start, end) if nbytes == _PIECE_BYTES)
-    for at in chain(range(first, first + _LEAST_PIECES // 2 * _PIECE_BYTES, _PIECE_BYTES), holes):
+    in_vain: list[int] = []
+    for at in chain(spread, holes):
         missing = probe_file(view.fd, path, at, _PIECE_BYTES).resident_bytes == 0
-        bring_in([Part(view, at, _PIECE_BYTES, 0)], options)
-        if view.memory.huge_bytes(at - start, _PIECE_BYTES) == _PIECE_BYTES:
+        piece = View(
+            replace(view.shard, data_offset=at),
+            view.fd,
+            Memory.map_file(view.fd, path, at, _PIECE_BYTES),
+            _PIECE_BYTES,
+        )
+        piece.memory.advise_huge()
+        bring_in([Part(piece, at, _PIECE_BYTES, 0)], options)
+        if piece.memory.huge_bytes(0, _PIECE_BYTES) == _PIECE_BYTES:
             return True
-        if missing:
-            return False
+        if missing:  # one page that was there already is enough for small ones
+            in_vain.append(at)
+        if len(in_vain) == _LOOKS_IN_VAIN:
+            break
+    del piece
+    for at in in_vain:
+        # The kernel read as much again. What is read directly later leaves nothing behind, either.
+        os.posix_fadvise(view.fd, at, 2 * _PIECE_BYTES, os.POSIX_FADV_DONTNEED)
     return False
 
 
@@ -214,7 +232,7 @@ def read_ahead(shard: Shard, fd: int, options: LoadOptions, turn: int, turns: in
         SllmError: The disk fails, or a file changed.
     """
     view = _map(shard, fd, options)
-    if view is not None:
+    if view is not None and view.missing_bytes:
         spans = range(shard.data_offset + turn * _TURN_BYTES, shard.size, turns * _TURN_BYTES)
         parts = [Part(view, at, min(_TURN_BYTES, shard.size - at), 0) for at in spans]
         if parts:

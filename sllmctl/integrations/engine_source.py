@@ -291,6 +291,7 @@ def _read_ahead(shards: tuple[Shard, ...], options: LoadOptions, rank: int, rank
                     read_ahead(shard, fd, options, (rank + number) % ranks, ranks)
             except SllmError as exc:  # who looks at the bytes will hear of it
                 log.debug("no read-ahead of `%s`: %s", shard.path, exc)
+                return  # or the process ends
 
     threading.Thread(target=run, name="sllm-ahead", daemon=True).start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Job:
         NativeError: An extent is impossible; `ReadError` where its file is too short.
     """
 
-    __slots__ = ("__weakref__", "_end", "_ended", "_handle", "_hung")
+    __slots__ = ("__weakref__", "_end", "_ended", "_handle", "_hung", "_lock", "_out")
 
     def __init__(
         self,
@@ -101,11 +102,14 @@ class Job:
             error,
         )
         self._handle = out[0]
+        self._out = out
+        # The interpreter may end the job while a daemon thread waits for it.
+        self._lock = threading.RLock()
         self._ended: bool | None = None
         self._hung: Any = None
         # Also at exit, before the interpreter takes from under the threads what they write to.
         _kept[_address(self._handle)] = keep
-        self._end = weakref.finalize(self, _end_job, out)
+        self._end = weakref.finalize(self, _end_job, out, self._lock)
         check(lib.sllm_job_start(self._handle, error), error)
 
     def wait(self, timeout_ms: int | None = None) -> tuple[bool, Progress]:
@@ -116,12 +120,12 @@ class Job:
 
         Raises:
             ReadError: A file cannot be read, is too short, or changed meanwhile.
-            NativeError: Nothing moved for a minute.
+            NativeError: Nothing moved for a minute, or the job has been ended.
         """
         progress, error = ffi.new("sllm_progress *"), ffi.new("sllm_error *")
-        status = lib.sllm_job_wait(
-            self._handle, WAIT_SLICE_MS if timeout_ms is None else timeout_ms, progress, error
-        )
+        timeout_ms = WAIT_SLICE_MS if timeout_ms is None else timeout_ms
+        with self._lock:
+            status = lib.sllm_job_wait(self._out[0], timeout_ms, progress, error)
         if status != lib.SLLM_E_BUSY:
             check(status, error)
         return status == lib.SLLM_OK, Progress(
@@ -137,7 +141,9 @@ class Job:
     def chunks_done(self, first: int, count: int) -> bytes:
         """One byte a chunk, in file order: 1 when it is in its place."""
         done, error = ffi.new("uint8_t[]", count), ffi.new("sllm_error *")
-        check(lib.sllm_job_chunks_done(self._handle, first, count, done, error), error)
+        with self._lock:
+            status = lib.sllm_job_chunks_done(self._out[0], first, count, done, error)
+        check(status, error)
         return bytes(ffi.buffer(done, count))
 
     def close(self) -> bool:
@@ -175,6 +181,8 @@ class Job:
         self.close()
 
 
+_LOCK_TIMEOUT_S = 1.0
+
 _kept: dict[int, object] = {}
 """What jobs write to, by their handles' addresses, until a job has ended for certain: a hung read
 leaves it here until it returns, a Ctrl-C before the answer for ever."""
@@ -188,8 +196,14 @@ def _close(handle: Any, timeout_ms: int = CLOSE_TIMEOUT_MS) -> bool:
     return bool(lib.sllm_job_close(handle, timeout_ms, ffi.NULL) == lib.SLLM_OK)
 
 
-def _end_job(out: Any) -> bool:
-    handle, out[0] = out[0], ffi.NULL
+def _end_job(out: Any, lock: threading.RLock) -> bool:
+    lib.sllm_job_cancel(out[0])  # whoever waits for it returns at once
+    if not lock.acquire(timeout=_LOCK_TIMEOUT_S):
+        return False  # a forked child has the lock of a thread that it has not
+    try:
+        handle, out[0] = out[0], ffi.NULL
+    finally:
+        lock.release()
     if not _close(handle):
         return False
     _kept.pop(_address(handle), None)

@@ -113,7 +113,9 @@ class Pool:
                         segments.append(self._make())
                     elif self._in_hand:  # for as long as the kernel takes to supply 32 MiB
                         self._wanted = True
-                        self._changed.wait(_PREFAULT_DEADLINE_S)
+                        self._changed.wait_for(
+                            lambda: self._free or not self._in_hand, _PREFAULT_DEADLINE_S
+                        )
                         if not self._free:
                             break
                     else:
@@ -234,7 +236,7 @@ class Pool:
     def _supply(self, segment: Segment, stop: threading.Event) -> bool:
         """Supply a segment's pages, and give it back; False when there is no memory left."""
         whole = False
-        self.wait_until_closed(stop.is_set)
+        self.wait_until_closed(lambda: stop.is_set() or self._wanted)
         try:
             for at in range(0, self.segment_bytes, _PREFAULT_STEP_BYTES):
                 if stop.is_set() or self._wanted:

@@ -136,10 +136,10 @@ def test_defaults_in_the_environment_page_are_those_of_the_native_library() -> N
     assert int(of_devices) == READERS
     (chunk,) = re.findall(r"chunk_bytes;\s+/\* .*?; 0: (\d+) MiB \*/", header)
     assert f"1 to 64; `load --threads` | {threads}, to a device {READERS} |" in page
-    assert f"`load --chunk-size` | `{chunk}MiB` |" in page
+    assert f"`load --chunk-size` | `{chunk}MiB`, into the page cache 2MiB |" in page
     help_of_load = generate.cli_page()
     assert f"`$SLLMCTL_THREADS`, `{threads}`, to a device {READERS} |" in help_of_load
-    assert f"`$SLLMCTL_CHUNK_SIZE`, `{chunk}MiB` |" in help_of_load
+    assert f"`$SLLMCTL_CHUNK_SIZE`, `{chunk}MiB`, into the page cache 2MiB |" in help_of_load
 
 
 # ---- Python ------------------------------------------------------------------------------------

@@ -190,6 +190,13 @@ def read_in_small_pages(file: Path, nbytes: int) -> None:
             os.pread(opened.fileno(), 64 << 10, offset)
 
 
+def read_one_page(file: Path, _: int) -> None:
+    """In the first piece that is looked at: it can be no huge page any more."""
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(opened.fileno(), 4096, 2 * MIB)
+
+
 def read_in_huge_pages(file: Path, nbytes: int) -> None:
     (view,) = views_of(file.parent)
     if view is not None:
@@ -198,7 +205,7 @@ def read_in_huge_pages(file: Path, nbytes: int) -> None:
             views.bring_in([part], LoadOptions())
 
 
-@pytest.mark.parametrize("before", [None, read_in_small_pages, read_in_huge_pages])
+@pytest.mark.parametrize("before", [None, read_one_page, read_in_small_pages, read_in_huge_pages])
 def test_huge_pages_are_found_where_the_kernel_gives_them_whatever_others_read_before(
     big: Path, before: Callable[[Path, int], None] | None
 ) -> None:
@@ -209,8 +216,6 @@ def test_huge_pages_are_found_where_the_kernel_gives_them_whatever_others_read_b
     (view,) = views_of(big)
     assert (view is not None) == gives
     assert resident(file) <= (24 + 16) * MIB
-    if view is not None and before is None:
-        assert pmd_mapped_bytes(view.memory.address) >= 2 * MIB
 
 
 def test_shards_that_are_read_and_shards_that_are_brought_in_share_a_progress_and_a_total(
@@ -263,7 +268,7 @@ def test_files_that_would_push_each_other_out_of_memory_are_not_brought_in(
 ) -> None:
     with_huge_pages(monkeypatch)
     drop(big / "model.safetensors", 0, 32)
-    monkeypatch.setattr(views, "available_memory_bytes", lambda **_: 40 * MIB)
+    monkeypatch.setattr(views, "available_memory_bytes", lambda **_: 20 * MIB)
     assert check(big).mapped_bytes == 0
 
 

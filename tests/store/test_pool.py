@@ -194,3 +194,23 @@ def test_a_segment_that_may_still_be_written_to_is_not_used_again_before_that_is
     returned.set()
     assert pool.obtain(1) == [segment]
     assert pool.orphaned_bytes == 0
+
+
+def test_who_waits_for_the_prefaulter_is_not_sent_away_by_other_news() -> None:
+    pool = Pool(SEGMENT, SEGMENT)
+    (segment,) = pool.obtain(1)
+    pool._in_hand = True
+
+    def give_back() -> None:
+        for news in range(4):
+            time.sleep(0.02)
+            with pool._changed:
+                if news == 3:
+                    pool._free.append(segment)
+                    pool._in_hand = False
+                pool._changed.notify_all()  # as when a segment elsewhere has been closed
+
+    thread = threading.Thread(target=give_back)
+    thread.start()
+    assert pool.obtain(1) == [segment]
+    thread.join()

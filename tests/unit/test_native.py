@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -236,7 +238,7 @@ def test_a_job_keeps_what_it_writes_to_until_it_is_closed(shard: tuple[int, str,
     job.close()
     assert gone() is None
     job.close()
-    with pytest.raises(errors.NativeError, match="not a job"):
+    with pytest.raises(errors.NativeError):
         job.wait()
 
 
@@ -329,6 +331,42 @@ def test_a_second_ctrl_c_while_a_hung_job_is_closed_frees_no_memory(
     assert kept() is not None
     assert lib.sllm_job_close(handle, 60000, ffi.NULL) == lib.SLLM_OK
     jobs._kept.clear()
+
+
+def test_a_thread_that_waits_while_the_interpreter_ends_its_job_is_told(
+    shard: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd, path, data = shard
+    memory = native.Memory.create(len(data))
+    waiting, ended, answers = threading.Event(), threading.Event(), []
+
+    class Library:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def sllm_job_wait(self, *args: object) -> int:
+            waiting.set()
+            ended.wait(0.2)  # the end may not come while this is under way
+            answers.append(ended.is_set())
+            return int(lib.sllm_job_wait(*args))
+
+    job = native.Job([(fd, path)], [native.Extent(0, 0, len(data), memory.address)], keep=memory)
+    monkeypatch.setattr("sllmctl.native.job.lib", Library())
+
+    def wait() -> None:
+        with suppress(errors.NativeError):  # that it was cancelled
+            job.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waiting.wait(60)
+    job._end()  # as `weakref.finalize` does at exit
+    ended.set()
+    thread.join()
+    assert answers == [False]
+    for ask in (job.wait, lambda: job.chunks_done(0, 1)):
+        with pytest.raises(errors.NativeError):
+            ask()
 
 
 @pytest.mark.parametrize("kind", ["memory", "segment"])
