@@ -117,11 +117,13 @@ def test_where_there_are_no_huge_pages_what_is_missing_is_read_around_the_cache(
     without_huge_pages(monkeypatch)
     file = big / "model.safetensors"
     drop(file, 0, dropped_mib)
-    stats = check_alone(big)
-    assert stats.mapped_bytes == 0
-    assert stats.disk_bytes >= min(dropped_mib, FILE_MIB) * MIB - 8 * MIB
-    # The attempt brought in a piece, and the kernel perhaps one more.
-    assert resident(file) <= (FILE_MIB - min(dropped_mib, FILE_MIB) + 6) * MIB
+    before = resident(file)
+    for _ in range(3):
+        stats = check_alone(big)
+        assert stats.mapped_bytes == 0
+        assert stats.disk_bytes >= min(dropped_mib, FILE_MIB) * MIB - 8 * MIB
+    # What the look for huge pages read in vain does not stay.
+    assert resident(file) <= before + 4 * MIB
 
 
 def test_a_kernel_that_does_not_tell_is_not_asked_by_a_read(
