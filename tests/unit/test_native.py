@@ -238,7 +238,7 @@ def test_a_job_keeps_what_it_writes_to_until_it_is_closed(shard: tuple[int, str,
     job.close()
     assert gone() is None
     job.close()
-    with pytest.raises(errors.NativeError):
+    with pytest.raises(errors.NativeError, match="not a job"):
         job.wait()
 
 
@@ -364,9 +364,10 @@ def test_a_thread_that_waits_while_the_interpreter_ends_its_job_is_told(
     ended.set()
     thread.join()
     assert answers == [False]
-    for ask in (job.wait, lambda: job.chunks_done(0, 1)):
-        with pytest.raises(errors.NativeError):
-            ask()
+    with pytest.raises(errors.NativeError, match="not a job"):
+        job.wait()
+    with pytest.raises(errors.NativeError, match="not all there"):
+        job.chunks_done(0, 1)
 
 
 @pytest.mark.parametrize("kind", ["memory", "segment"])
